@@ -1,0 +1,162 @@
+"""Structures: from unit scores to which units stay (METHOD.md, Structures).
+
+A structure decides how many units each module loses; within a module the lowest scores go, ties by index.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapcli.errors import UsageError
+from flapcli.scores import UnitScores
+from flapcli.shape import MODULES, ModelShape, Module
+
+Key = tuple[int, Module]
+Counts = dict[Key, int]
+Kept = dict[Key, NDArray[np.int64]]
+STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to remove. `remove_heads` counts attention units: heads, or KV groups under GQA."""
+
+    structure: str
+    ratio: float
+    remove_heads: int | None = None
+    round_to: int = 1
+    heads_multiple_of: int = 1
+    allow_empty: bool = False
+
+
+def allocate(shape: ModelShape, scores: UnitScores, request: Request) -> Kept:
+    """Indices of the units that stay, ascending, for every module.
+
+    Raises UsageError where the ratio can't be reached with what must stay.
+    """
+    structure = {"UL-UM": _ul_um, "UL-MM": _ul_mm, "AL-MM": _al_mm, "AL-AM": _al_am}[request.structure]
+    removed = structure(shape, scores, request)
+    removed = _to_multiples(shape, scores, removed, request)
+    return {key: np.sort(np.argsort(values, kind="stable")[removed[key] :]) for key, values in scores.items()}
+
+
+def _ul_um(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
+    """In each layer int(p H) heads and int(p f) neurons."""
+    return {key: min(int(request.ratio * len(s)), _removable(len(s), request)) for key, s in scores.items()}
+
+
+def _ul_mm(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
+    """In each layer remove_heads // L heads, and the neurons that make up the rest of the ratio."""
+    heads = (request.remove_heads or 0) // shape.num_layers
+    removed: Counts = {}
+    for layer in range(shape.num_layers):
+        parameters = sum(shape.units(layer, m) * shape.unit_parameters(m) for m in MODULES)
+        rest = request.ratio * parameters - shape.unit_parameters("attention") * heads
+        neurons = _neurons(rest, shape, request)
+        for module, count in (("attention", heads), ("mlp", neurons)):
+            key: Key = (layer, module)  # type: ignore[assignment]
+            if count > (most := _removable(len(scores[key]), request)):
+                raise _unreachable(request, f"layer {layer}, {module}: {count} units to remove, {most} can go")
+            removed[key] = count
+    return removed
+
+
+def _al_mm(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
+    """The remove_heads lowest heads of the whole model, and the neurons that make up the rest."""
+    heads = request.remove_heads or 0
+    per_layer = sum(shape.prunable(m) for m in MODULES) / shape.num_layers
+    rest = shape.num_layers * request.ratio * per_layer - shape.unit_parameters("attention") * heads
+    neurons = _neurons(rest, shape, request)
+    removed: Counts = {}
+    for module, count in (("attention", heads), ("mlp", neurons)):
+        candidates = _ascending({key: s for key, s in scores.items() if key[1] == module}, request)
+        if count > len(candidates):
+            raise _unreachable(request, f"{count} {module} units to remove, {len(candidates)} can go")
+        removed |= _count(scores, candidates[:count], module)  # type: ignore[arg-type]
+    return removed
+
+
+def _al_am(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
+    """Heads and neurons in one list, each weighing its parameters; the lowest go until the share is gone."""
+    candidates = _ascending(scores, request)
+    target = request.ratio * sum(shape.prunable(module) for module in MODULES)
+    gone = np.cumsum([shape.unit_parameters(module) for _, module in candidates], dtype=np.int64)
+    if target > 0 and (len(gone) == 0 or gone[-1] < target):
+        raise _unreachable(request, f"at most {(gone[-1] if len(gone) else 0) / target * request.ratio:.4f} can go")
+    count = 0 if target <= 0 else int(np.searchsorted(gone, target)) + 1
+    return _count(scores, candidates[:count])
+
+
+def _ascending(scores: UnitScores, request: Request) -> list[Key]:
+    """The module of every unit that may go, lowest score first; ties: attention before MLP, then layer, unit."""
+    keys = sorted(scores, key=lambda key: (MODULES.index(key[1]), key[0]))
+    owner = np.repeat(np.arange(len(keys)), [len(scores[key]) for key in keys])
+    order = owner[np.argsort(np.concatenate([scores[key] for key in keys]), kind="stable")]
+    # The last of each module to come up is its best unit, which stays; so drop each module's last.
+    if not request.allow_empty and len(order):
+        last = {int(module): place for place, module in enumerate(order.tolist())}
+        order = np.delete(order, list(last.values()))
+    return [keys[module] for module in order.tolist()]
+
+
+def _count(scores: UnitScores, removed: Iterable[Key], module: Module | None = None) -> Counts:
+    counts: Counts = {key: 0 for key in scores if module in (None, key[1])}
+    for key in removed:
+        counts[key] += 1
+    return counts
+
+
+def _neurons(rest: float, shape: ModelShape, request: Request) -> int:
+    if rest < 0:
+        raise UsageError(
+            f"--remove-heads {request.remove_heads} alone removes more than --ratio {request.ratio}: "
+            "lower the one or raise the other"
+        )
+    return int(rest / shape.unit_parameters("mlp"))
+
+
+def _removable(units: int, request: Request) -> int:
+    return units if request.allow_empty else max(units - 1, 0)
+
+
+def _unreachable(request: Request, why: str) -> UsageError:
+    hint = "" if request.allow_empty else ", since every module keeps a unit without --allow-empty"
+    return UsageError(f"--ratio {request.ratio} can't be reached: {why}{hint}")
+
+
+def _to_multiples(shape: ModelShape, scores: UnitScores, removed: Counts, request: Request) -> Counts:
+    """Round what each layer keeps to the multiples asked for, the total kept as near as it goes."""
+    kept = {key: shape.units(*key) - count for key, count in removed.items()}
+    if request.heads_multiple_of > 1:
+        kept |= _apportion(kept, "attention", shape, request.heads_multiple_of, request)
+        if request.structure.startswith("AL"):  # the neurons make up for what rounding the heads moved
+            gone = sum(shape.units(*key) - kept[key] for key in kept if key[1] == "attention")
+            total = request.ratio * sum(shape.prunable(module) for module in MODULES)
+            rest = max(total - gone * shape.unit_parameters("attention"), 0.0)
+            lowest = _ascending({key: s for key, s in scores.items() if key[1] == "mlp"}, request)
+            counts = _count(scores, lowest[: round(rest / shape.unit_parameters("mlp"))], "mlp")
+            kept |= {key: shape.units(*key) - count for key, count in counts.items()}
+    if request.round_to > 1:
+        kept |= _apportion(kept, "mlp", shape, request.round_to, request)
+    return {key: shape.units(*key) - count for key, count in kept.items()}
+
+
+def _apportion(counts: Counts, module: Module, shape: ModelShape, multiple: int, request: Request) -> Counts:
+    """Multiples by largest remainder: round all down, then give blocks back to those that lost most."""
+    kept = {key: count for key, count in counts.items() if key[1] == module}
+    most = {key: shape.units(*key) // multiple * multiple for key in kept}
+    least = 0 if request.allow_empty else multiple
+    for layer, _ in kept:
+        if 0 < shape.units(layer, module) < multiple and not request.allow_empty:
+            option = "--round-to" if module == "mlp" else "--heads-multiple-of"
+            raise UsageError(
+                f"{option} {multiple}: layer {layer}, {module} has only {shape.units(layer, module)} units"
+            )
+    low = {key: min(max(count // multiple * multiple, least), most[key]) for key, count in kept.items()}
+    blocks = round((sum(kept.values()) - sum(low.values())) / multiple)
+    by_loss = sorted((key for key in kept if low[key] < most[key]), key=lambda key: low[key] - kept[key])
+    for key in by_loss[: max(blocks, 0)]:
+        low[key] += multiple
+    return low

@@ -1,0 +1,22 @@
+"""Checkpoints as they lie on disk: found, read tensor by tensor, and written; the model is never built."""
+
+from pathlib import Path
+
+from flapcli.checkpoint.base import Checkpoint
+from flapcli.checkpoint.gguf import GgufCheckpoint
+from flapcli.checkpoint.safetensors import SafetensorsCheckpoint
+from flapcli.checkpoint.source import DEMO, Hub, locate
+
+__all__ = ["DEMO", "Checkpoint", "Hub", "locate", "open_checkpoint"]
+
+
+def open_checkpoint(name: str, hub: Hub | None = None) -> Checkpoint:
+    """Open a MODEL: a folder, a `.gguf` file, a hub id or `demo`.
+
+    Raises FlapError where it can't be found or reached, is of no known family, or is corrupt.
+    """
+    hub = hub or Hub()
+    found = locate(name, hub)
+    stored = str(found.resolve()) if Path(name).exists() else name
+    kind = GgufCheckpoint if found.is_file() else SafetensorsCheckpoint
+    return kind(stored, found, hub)

@@ -1,0 +1,53 @@
+"""Stage 2: from statistics to a plan. Needs no weights, no model, no torch."""
+
+from dataclasses import asdict
+
+from flapcli.allocate import Request, allocate
+from flapcli.errors import UsageError
+from flapcli.plan import Plan, StatsRef, build_plan
+from flapcli.scores import unit_scores
+from flapcli.stats import Stats
+
+# Baselines fix metric and structure (METHOD.md, Baselines); a metric of None leaves the choice to the user.
+METHODS: dict[str, tuple[str | None, str | None]] = {
+    "flap": (None, None),
+    "wanda-sp": ("WIFN", "UL-UM"),
+    "mag-sp": ("magnitude", "UL-UM"),
+}
+DEFAULT_METRIC, DEFAULT_STRUCTURE = "WIFV", "AL-AM"
+
+
+def resolve(method: str, metric: str | None, structure: str | None) -> tuple[str, str]:
+    """Metric and structure of a method. Raises UsageError where an option contradicts the method."""
+    fixed = METHODS[method]
+    for option, given, own in (("--metric", metric, fixed[0]), ("--structure", structure, fixed[1])):
+        if own is not None and given not in (None, own):
+            raise UsageError(f"{option} {given}: --method {method} is defined with {own}; leave {option} out")
+    return fixed[0] or metric or DEFAULT_METRIC, fixed[1] or structure or DEFAULT_STRUCTURE
+
+
+def check(request: Request) -> None:
+    """Raise UsageError where the options contradict each other or are out of range, whatever the model."""
+    if not 0 <= request.ratio < 1:
+        raise UsageError(f"--ratio {request.ratio}: must be at least 0 and less than 1")
+    if request.remove_heads is not None and not request.structure.endswith("-MM"):
+        raise UsageError(f"--remove-heads is for structures UL-MM and AL-MM, not {request.structure}")
+    if request.remove_heads is None and request.structure.endswith("-MM"):
+        raise UsageError(f"--structure {request.structure} needs --remove-heads N (heads, or KV groups under GQA)")
+
+
+def choose(
+    stats: Stats, reference: StatsRef, method: str, metric: str, request: Request, attention_exponent: float
+) -> Plan:
+    """The units that stay under a method, as a plan.
+
+    Raises UsageError where the request can't be reached.
+    """
+    scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
+    kept = allocate(stats.model, scores, request)
+    settings = asdict(request) | {"attention_exponent": attention_exponent}
+    del settings["structure"], settings["ratio"]
+    return build_plan(
+        stats.model, reference, kept, request.ratio,
+        method=method, metric=metric, structure=request.structure, settings=settings,
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Everything people see: progress, notes, errors, tables and bars. Data goes to stdout, the rest to stderr."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flapcli.evaluate.report import EvalReport, Measurement
+from flapcli.plan import Plan
+from flapcli.progress import Advance
+from flapcli.shape import MODULES
+from flapcli.stats import StatsHeader
+
+out = Console()
+err = Console(stderr=True)
+BAR = 20
+
+
+def error(message: str) -> None:
+    """One line on stderr, whatever its length."""
+    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    err.print(Text(message), soft_wrap=True)
+
+
+def data(value: Any) -> None:
+    """JSON on stdout, plain."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def silent_stdout(silent: bool) -> Iterator[None]:
+    """Keep tables off stdout while only the JSON that follows is wanted there."""
+    before, out.quiet = out.quiet, silent
+    try:
+        yield
+    finally:
+        out.quiet = before
+
+
+class Bars:
+    """A rich progress bar with rate and time left on a terminal; nothing elsewhere."""
+
+    def note(self, message: str) -> None:
+        note(message)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
+        if not err.is_terminal:
+            yield lambda _done: None
+            return
+        from rich import progress
+
+        class Rate(progress.ProgressColumn):
+            def render(self, task: progress.Task) -> Text:
+                scale, name = (1e6, "MB") if unit == "bytes" else (1, unit)
+                return Text(f"{(task.speed or 0) / scale:,.0f} {name}/s")
+
+        columns = (
+            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
+            Rate(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
+        )  # fmt: skip
+        with progress.Progress(*columns, console=err, transient=True) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda done: bars.advance(task, done)
+
+
+def show_stats(header: StatsHeader) -> None:
+    model, run = header.model, header.calibration
+    table = _pairs("statistics")
+    table.add_row("model", f"{model.name} ({model.family}, {model.parameters:,} parameters)")
+    table.add_row("layers", f"{model.num_layers} x {model.hidden_size} wide")
+    heads = f"{model.num_attention_heads} heads, {model.num_key_value_heads} key/value heads of {model.head_dim}"
+    table.add_row("attention", f"{heads}; unit: {model.unit('attention')}")
+    table.add_row("MLP", f"{model.intermediate_size} neurons")
+    windows = f"{run.nsamples} windows of {run.seqlen}, {run.tokens:,} tokens, seed {run.seed}"
+    table.add_row("text", f"{run.dataset}: {windows}")
+    table.add_row("ran in", run.dtype)
+    out.print(table)
+
+
+def show_plan(plan: Plan) -> None:
+    """A row and two bars per layer, and what it comes to."""
+    table = Table(title=f"{plan.method} {plan.metric} {plan.structure} on {plan.model.name}", title_justify="left")
+    table.add_column("layer", justify="right")
+    for module in MODULES:
+        table.add_column(plan.layers[0].module(module).unit + "s", justify="right", no_wrap=True)
+        table.add_column(f"{module} kept", no_wrap=True)
+    for layer, (heads, neurons) in enumerate(zip(plan.counts("attention"), plan.counts("mlp"), strict=True)):
+        row = [str(layer)]
+        for module, count in zip(MODULES, (heads, neurons), strict=True):
+            of = plan.layers[layer].module(module).of
+            row += [f"{count}/{of}", _bar(count, of)]
+        table.add_row(*row)
+    out.print(table)
+    p = plan.parameters
+    out.print(
+        f"{plan.ratio.achieved:.2%} of {p.prunable:,} prunable weights go (asked: {plan.ratio.requested:.2%})\n"
+        f"parameters {p.model:,} -> {p.model_after:,}",
+        highlight=False,
+    )
+
+
+def show_folder(config: dict[str, Any], path: str) -> None:
+    """What a pruned folder is."""
+    flap = config["flap"]
+    made_by = flap["made_by"]
+    table = _pairs(f"pruned checkpoint {path}")
+    table.add_row("made from", made_by["model"]["name"])
+    table.add_row("compensation", made_by["compensate"] + (", masked in place" if made_by["mask_only"] else ""))
+    table.add_row("biases added", ", ".join(flap["biases"]) or "none")
+    for size in ("num_key_value_heads", "intermediate_size"):
+        values = flap[size]
+        table.add_row(size, f"{min(values)} to {max(values)}, {sum(values):,} in all")
+    table.add_row("weights", config["dtype"])
+    out.print(table)
+
+
+def show_report(report: EvalReport) -> None:
+    """The figures of the pruned model, the dense one's beside them."""
+    table = Table(title=report.checkpoint, title_justify="left")
+    table.add_column("")
+    models: list[Measurement] = [report]
+    if report.baseline:
+        models.insert(0, report.baseline)
+        table.add_column("dense", justify="right")
+    table.add_column("pruned" if report.baseline else "model", justify="right")
+    for text in report.perplexity:
+        table.add_row(f"perplexity {text}", *(f"{m.perplexity[text]:.2f}" for m in models))
+    table.add_row("parameters", *(f"{m.size.parameters:,}" for m in models))
+    table.add_row("bytes on disk", *(f"{m.size.bytes:,} ({m.size.stored_as})" for m in models))
+    out.print(table)
+
+
+def show_families(rows: list[dict[str, str]]) -> None:
+    table = Table()
+    for column in ("family", "covers", "model_type", "architecture"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row.values())
+    out.print(table)
+
+
+def _pairs(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _bar(count: int, of: int) -> str:
+    full = round(BAR * count / of) if of else 0
+    return "█" * full + "░" * (BAR - full)

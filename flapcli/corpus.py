@@ -1,0 +1,220 @@
+"""Text sources, and the token windows that calibration and perplexity read."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapcli.errors import FlapError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Windows = NDArray[np.int64]
+Split = Literal["train", "test"]
+PYDOC_TRAIN_SHARE = 0.6
+PYDOC_TEST_WINDOWS = 60
+C4_TEST_DOCUMENTS = 1100  # as the authors: the validation file's first documents, joined
+C4_TEST_WINDOWS = 256
+FILE_TYPES = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A dataset of the hub and how the authors join its rows to one text."""
+
+    repo: str
+    config: str | None
+    column: str
+    splits: dict[Split, str]
+    joints: dict[Split, str]
+    files: dict[Split, str] | None = None
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "text",
+        {"train": "train", "test": "test"}, {"train": " ", "test": "\n\n"},
+    ),
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence",
+        {"train": "train", "test": "test"}, {"train": " ", "test": " "},
+    ),
+    "c4": HubText(
+        "allenai/c4", None, "text",
+        {"train": "train", "test": "validation"}, {"train": " ", "test": " "},
+        {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+}  # fmt: skip
+NAMED = (*HUB_TEXTS, "pydoc")
+
+
+def check_source(source: str, option: str) -> None:
+    """Raise UsageError unless `source` is a known name or an existing file of a type we read."""
+    if source in NAMED:
+        return
+    path = Path(source)
+    if path.suffix not in FILE_TYPES:
+        raise UsageError(f"{option} {source}: give {', '.join(NAMED)} or a file that ends in {', '.join(FILE_TYPES)}")
+    if not path.is_file():
+        raise UsageError(f"{option} {source}: no such file")
+
+
+def source_sha256(source: str) -> str | None:
+    """Hash of a text on this machine; None for one from the hub."""
+    if source in HUB_TEXTS:
+        return None
+    data = _pydoc().encode() if source == "pydoc" else Path(source).read_bytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def calibration_windows(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    column: str = "text",
+) -> Windows:
+    """`nsamples` random windows of `seqlen` tokens, (nsamples, seqlen), drawn by `seed` as the authors do.
+
+    Raises FlapError where the text can't be had or is too short for a single window.
+    """
+    draw = random.Random(seed)
+    if source == "c4":
+        return _windows_of_documents(tokenizer, nsamples, seqlen, draw)
+    ids = tokens_of(source, tokenizer, "train", column)
+    last = len(ids) - seqlen - 1
+    if last < 0:
+        raise FlapError(
+            f"{source}: too little text: {len(ids)} tokens, drawing a window takes {seqlen + 1}; lower --seqlen"
+        )
+    starts = [draw.randint(0, last) for _ in range(nsamples)]
+    return np.stack([ids[start : start + seqlen] for start in starts])
+
+
+def evaluation_windows(source: str, tokenizer: "PreTrainedTokenizerBase", seqlen: int, column: str = "text") -> Windows:
+    """The text's test windows in order, without overlap, (n, seqlen); a file is read whole.
+
+    On pydoc the first 60 (METHOD.md), on c4 the first 256 (the authors), else all.
+    Raises FlapError where the text can't be had or is shorter than one window.
+    """
+    ids = tokens_of(source, tokenizer, "test", column)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise FlapError(
+            f"{source}: too little text for perplexity: {len(ids)} tokens, a window takes {seqlen}; lower --seqlen"
+        )
+    limit = {"pydoc": PYDOC_TEST_WINDOWS, "c4": C4_TEST_WINDOWS}.get(source, count)
+    return ids[: count * seqlen].reshape(count, seqlen)[:limit]
+
+
+def tokens_of(source: str, tokenizer: "PreTrainedTokenizerBase", split: Split, column: str) -> NDArray[np.int64]:
+    """Token ids of a whole text, with the special tokens that the tokenizer adds by itself."""
+    if source == "pydoc":
+        ids = _encode(tokenizer, _pydoc())
+        cut = int(PYDOC_TRAIN_SHARE * len(ids))
+        return ids[:cut] if split == "train" else ids[cut:]
+    if source in HUB_TEXTS:
+        text = HUB_TEXTS[source]
+        rows = _hub_rows(source, split)
+        if source == "c4":
+            rows = rows[:C4_TEST_DOCUMENTS]
+        return _encode(tokenizer, text.joints[split].join(rows))
+    return _encode(tokenizer, _file_text(Path(source), column))
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> NDArray[np.int64]:
+    return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
+
+
+@cache
+def _pydoc() -> str:
+    """Python's own language reference, which every machine has (METHOD.md)."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
+
+
+def _windows_of_documents(
+    tokenizer: "PreTrainedTokenizerBase", nsamples: int, seqlen: int, draw: random.Random
+) -> Windows:
+    """c4 as the authors draw it: a random document that is long enough, then a random window of it."""
+    rows = _hub_rows("c4", "train")
+    windows: list[NDArray[np.int64]] = []
+    tries = 0
+    while len(windows) < nsamples:
+        ids = _encode(tokenizer, rows[draw.randint(0, len(rows) - 1)])
+        tries += 1
+        if len(ids) > seqlen:
+            start = draw.randint(0, len(ids) - seqlen - 1)
+            windows.append(ids[start : start + seqlen])
+        elif tries > 1000 * (len(windows) + 1):
+            raise FlapError(f"c4: too little text: hardly a document has {seqlen + 1} tokens; lower --seqlen")
+    return np.stack(windows)
+
+
+def _hub_rows(name: str, split: Split) -> Sequence[str]:
+    """The text column of a hub dataset's split, from the network or datasets' cache."""
+    import datasets
+
+    text = HUB_TEXTS[name]
+    files = {"data_files": {text.splits[split]: text.files[split]}} if text.files else {}
+    try:
+        rows = datasets.load_dataset(text.repo, text.config, split=text.splits[split], **files)
+    except Exception as error:  # datasets raises a dozen kinds, among them bare ValueError and OSError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FlapError(
+            f"{name} ({text.repo} on the hub) can't be loaded and is not in datasets' cache: {reason}; "
+            "without a network use `pydoc` or a .txt, .jsonl or .parquet file"
+        ) from error
+    return rows[text.column]
+
+
+def _file_text(path: Path, column: str) -> str:
+    """A user's text: a .txt as it is, rows of .jsonl and .parquet joined by empty lines."""
+    readers: dict[str, Callable[[Path, str], str]] = {
+        ".txt": lambda path, _: path.read_text(encoding="utf-8"),
+        ".jsonl": _jsonl_text,
+        ".parquet": _parquet_text,
+    }
+    try:
+        return readers[path.suffix](path, column)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlapError(f"cannot read {path} as text: {error}") from error
+
+
+def _jsonl_text(path: Path, column: str) -> str:
+    rows: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+            rows.append(str(row[column]))
+        except (ValueError, TypeError) as error:
+            raise FlapError(f"{path}, line {number}: not a JSON object") from error
+        except KeyError as error:
+            raise FlapError(f"{path}, line {number}: no column {column!r}; name one with --text-column") from error
+    return "\n\n".join(rows)
+
+
+def _parquet_text(path: Path, column: str) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        if column not in names:
+            raise FlapError(f"{path}: no column {column!r} among {', '.join(names)}; name one with --text-column")
+        table = pyarrow.parquet.read_table(path, columns=[column])
+    except pyarrow.ArrowException as error:
+        raise FlapError(f"{path} is not a parquet file or is corrupt: {error}") from error
+    return "\n\n".join(str(row) for row in table[column].to_pylist() if row is not None)

@@ -1,0 +1,84 @@
+"""Which device, dtype and batch size to run with, and batches that shrink when memory runs out."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flapcli.errors import FlapError, UsageError
+from flapcli.progress import Progress
+
+CPU_TOKENS, GPU_TOKENS = 1024, 16384  # a batch's tokens: past these, larger batches gain nothing
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of `--device`. Raises UsageError where this machine has none of that kind."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
+    if not present.get(name.partition(":")[0], False):
+        raise UsageError(
+            f"--device {name}: this machine has none; use one of: {', '.join(k for k in present if present[k])}"
+        )
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `--dtype`: by itself bfloat16 where the hardware multiplies it, else float32."""
+    if name == "auto":
+        native = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+        return torch.bfloat16 if native else torch.float32
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); emulated it is slower than float32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+
+
+def for_batches(
+    windows: NDArray[np.int64],
+    step: Callable[[torch.Tensor], None],
+    device: torch.device,
+    batch_size: int | None,
+    progress: Progress,
+    description: str,
+) -> None:
+    """Call `step` on (batch, seqlen) token tensors, in order; None as batch size chooses and adapts one.
+
+    `step` must take effect only when it returns: a batch that ran out of memory is cut in halves and tried
+    again. Raises FlapError where the batch size was the user's, or one window is too much.
+    """
+    size = batch_size or max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // windows.shape[1])
+    done = 0
+    with progress.task(description, windows.size, "tokens") as advance:
+        while done < len(windows):
+            batch = torch.from_numpy(windows[done : done + size]).to(device)
+            try:
+                step(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if batch_size or size == 1:
+                    hint = "lower --batch-size" if size > 1 else "use a smaller --seqlen or another --device"
+                    raise FlapError(f"out of memory on {device} with batches of {size} windows: {hint}") from error
+                size //= 2
+                progress.note(f"out of memory on {device}: going on with batches of {size} windows")
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            done += len(batch)
+            advance(batch.numel())
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory"))

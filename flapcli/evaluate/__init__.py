@@ -1,0 +1,1 @@
+"""Stage 4: what pruning cost and what it saved."""

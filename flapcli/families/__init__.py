@@ -1,0 +1,114 @@
+"""What flap knows of each architecture: one JSON description a family, and the reader of it.
+
+A description says where sizes stand in config.json, which projections produce a module's channels and
+which one consumes them, and which tensors stay whole. Adding a family that fits adds a file.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from flapcli.errors import FlapError
+from flapcli.shape import LayerShape, Module
+
+Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
+
+
+class _Description(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModuleDescription(_Description):
+    """One of a layer's two modules, by tensor prefixes below the layer's.
+
+    `producers` maps each projection that produces the module's channels to the size that its rows
+    follow; `output` is the projection whose columns are the channels.
+    """
+
+    output: str
+    producers: dict[str, Size]
+
+
+class GgufDescription(_Description):
+    """How llama.cpp stores the family: its architecture's name and the projections whose rows it permutes."""
+
+    architecture: str
+    permuted: list[str]
+
+
+class Family(_Description):
+    """A model family. `sizes` maps our names of sizes to config.json's keys."""
+
+    name: str
+    covers: str
+    model_type: str
+    architecture: str
+    sizes: dict[str, str]
+    decoder: str
+    layer: str
+    attention: ModuleDescription
+    mlp: ModuleDescription
+    uncut: list[str]
+    dropped: list[str]
+    head: str
+    outside: list[str]
+    gguf: GgufDescription
+
+    def module(self, module: Module) -> ModuleDescription:
+        return self.attention if module == "attention" else self.mlp
+
+    def output(self, layer: int, module: Module) -> str:
+        """Full prefix of a module's output projection, such as `model.layers.0.mlp.down_proj`."""
+        return f"{self.layer.format(i=layer)}.{self.module(module).output}"
+
+    def read_sizes(self, config: dict[str, Any]) -> dict[str, int]:
+        """Sizes of the architecture from config.json, defaults of transformers' configs filled in.
+
+        Raises FlapError that lists every missing size.
+        """
+        sizes = {name: config.get(key) for name, key in self.sizes.items()}
+        sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+        if sizes["head_dim"] is None and sizes["hidden_size"] and sizes["num_attention_heads"]:
+            sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+        missing = [self.sizes[name] for name, value in sizes.items() if value is None]
+        if missing:
+            raise FlapError(f"config.json of a {self.name} model lacks {', '.join(missing)}")
+        return {name: int(value) for name, value in sizes.items() if value is not None}
+
+    def read_layers(self, config: dict[str, Any]) -> tuple[LayerShape, ...]:
+        """Each layer's own sizes: those under `flap` where the model was pruned, else the architecture's."""
+        sizes = self.read_sizes(config)
+        count = sizes["num_layers"]
+        pruned = config.get("flap", {})
+        columns = [pruned.get(size) or [sizes[size]] * count for size in LayerShape._fields]
+        if any(len(column) != count for column in columns):
+            raise FlapError(f"config.json: the per-layer sizes under `flap` are not {count} values each")
+        return tuple(LayerShape(*row) for row in zip(*columns, strict=True))
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All descriptions of this folder by the model_type they read."""
+    found = [Family.model_validate_json(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.json"))]
+    return {family.model_type: family for family in found}
+
+
+def family_of(config: dict[str, Any], where: str) -> Family:
+    """The family of a config.json. Raises FlapError for an unknown one, never guesses."""
+    model_type = config.get("model_type")
+    family = families().get(str(model_type))
+    if family is None:
+        known = ", ".join(families())
+        raise FlapError(f"{where}: model_type {json.dumps(model_type)} is not supported; flap prunes: {known}")
+    return family
+
+
+def family_named(name: str) -> Family:
+    """The family of that name, as artifacts record it."""
+    for family in families().values():
+        if family.name == name:
+            return family
+    raise FlapError(f"family {name!r} is not known to this flap; it knows: {', '.join(families())}")

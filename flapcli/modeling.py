@@ -1,0 +1,80 @@
+"""Loads a checkpoint pruned by flap: a transformers causal LM whose layers have sizes of their own.
+
+This file is copied into every pruned folder as modeling_flap.py, so that
+`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` works without flap. The class of a
+folder, such as FlapLlamaForCausalLM, is made from the transformers class of the same name.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+
+class Emptied(nn.Module):
+    """What is left of a module whose units are all pruned: the bias of its output projection, or zero."""
+
+    def __init__(self, hidden_size: int, output: str, bias: bool, layer: int | None) -> None:
+        super().__init__()
+        self.output, self.layer = output, layer
+        projection = nn.Module()
+        if bias:
+            projection.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.add_module(output, projection)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        bias = getattr(self.get_submodule(self.output), "bias", None)
+        result = torch.zeros_like(hidden_states) if bias is None else bias.expand_as(hidden_states)
+        if self.layer is None:
+            return result
+        # The cache counts tokens by its layers' keys, so a layer without heads stores one empty channel.
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None:
+            keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(keys, keys, self.layer)
+        return result, None
+
+
+class PrunedMixin:
+    """Rebuilds a dense model's projections in the per-layer sizes that config.flap says."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for index, layer in enumerate(self.get_decoder().layers):  # type: ignore[attr-defined]
+            for description in config.flap["modules"]:
+                _resize(layer, index, description, config)
+
+
+def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: Any) -> None:
+    """Give one module of one layer its pruned sizes."""
+    flap = config.flap
+    output = description["output"]
+    parent, _, leaf = output.rpartition(".")
+    dense = layer.get_submodule(output)
+    bias = dense.bias is not None or output in flap["biases"]
+    widths = {name: flap[size][index] * description["rows"][size] for name, size in description["producers"].items()}
+    if not any(widths.values()):
+        attention = description["kind"] == "attention"
+        layer.set_submodule(parent, Emptied(config.hidden_size, leaf, bias, index if attention else None))
+        return
+    for name, rows in widths.items():
+        old = layer.get_submodule(name)
+        layer.set_submodule(name, _linear(old, config.hidden_size, rows, old.bias is not None))
+    channels = widths[description["channels"]]
+    layer.set_submodule(output, _linear(dense, channels, config.hidden_size, bias))
+
+
+def _linear(old: nn.Module, columns: int, rows: int, bias: bool) -> nn.Linear:
+    like = old.weight
+    return nn.Linear(columns, rows, bias=bias, dtype=like.dtype, device=like.device)
+
+
+def __getattr__(name: str) -> type:
+    """FlapXForCausalLM for any transformers XForCausalLM, made when first asked for."""
+    if not (name.startswith("Flap") and name.endswith("ForCausalLM")):
+        raise AttributeError(name)
+    base = getattr(transformers, name.removeprefix("Flap"))
+    made = type(name, (PrunedMixin, base), {"__module__": __name__, "__doc__": f"{base.__name__}, pruned by flap."})
+    globals()[name] = made
+    return made

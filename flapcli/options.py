@@ -1,0 +1,119 @@
+"""The command line's options, each defined once and used by every command that takes it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flapcli import __version__
+
+Method = Literal["flap", "wanda-sp", "mag-sp"]
+Metric = Literal["IFV", "WIFV", "WIFN"]
+Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+StoredDtype = Literal["float32", "bfloat16", "float16"]
+Compensate = Literal["none", "bias", "lstsq"]
+
+_debug = False
+
+
+def debugging() -> bool:
+    """Whether --debug was given: tracebacks instead of one line."""
+    return _debug
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug  # noqa: PLW0603
+    _debug = _debug or value
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"flap {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show tracebacks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Work anew even where the artifact is up to date.")]
+Run = Annotated[Path, typer.Option("--run-dir", "-d", help="Folder of this pruning run.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write this stage's artifact.")]
+StatsFile = Annotated[Path | None, typer.Option("--stats", help="Statistics to read.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan to read.")]
+
+_MODEL_HELP = "Hub id, checkpoint folder, .gguf file, or `demo` (SmolLM2-135M-Instruct)."
+Model = Annotated[str, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
+DenseModel = Annotated[str | None, typer.Option("--model", help="The dense model, if it lies elsewhere by now.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where downloads from the hub are kept.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint.")]
+
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Calibration text: wikitext2, ptb, c4, pydoc, or a .txt, .jsonl or .parquet file "
+                 "[default: wikitext2; pydoc for demo]."),
+]  # fmt: skip
+TextColumn = Annotated[str, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")]
+Nsamples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Seed = Annotated[int, typer.Option(help="Seed of the windows' places.")]
+BatchSize = Annotated[str, typer.Option(help="Windows in a batch; auto: about 1024 tokens on a CPU, more on a GPU.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+RunDtype = Annotated[
+    Dtype, typer.Option("--dtype", help="What the model runs in; auto: bfloat16 where the hardware has it.")
+]
+EvalDtype = Annotated[Dtype, typer.Option("--eval-dtype", help="What perplexity runs in; auto: float32 on a CPU.")]
+Gram = Annotated[
+    bool, typer.Option("--gram/--no-gram", help="Keep Gram matrices too (channels squared of each module).")
+]
+
+MethodOption = Annotated[
+    Method,
+    typer.Option(help="flap; or a baseline: wanda-sp (scored here on the dense model's activations, where the "
+                 "authors feed each layer the pruned output of the ones before), mag-sp (weights only)."),
+]  # fmt: skip
+MetricOption = Annotated[Metric | None, typer.Option(help="Score of a channel [default: WIFV].")]
+StructureOption = Annotated[
+    Structure | None,
+    typer.Option(help="UL: same in every layer, AL: adaptive over layers; UM: the ratio in both modules, MM: heads by "
+                 "--remove-heads, AM: adaptive over modules [default: AL-AM]."),
+]  # fmt: skip
+RatioOption = Annotated[float, typer.Option(help="Share of the prunable weights to remove.")]
+RemoveHeads = Annotated[
+    int | None,
+    typer.Option(min=0, help="For -MM: heads (KV groups under GQA) to remove from the whole model."),
+]
+RoundTo = Annotated[int, typer.Option(min=1, help="Keep MLP widths in multiples of this.")]
+HeadsMultiple = Annotated[
+    int, typer.Option("--heads-multiple-of", min=1, help="Keep heads or KV groups in multiples of this.")
+]
+AllowEmpty = Annotated[bool, typer.Option("--allow-empty", help="Let a layer lose all its heads or neurons.")]
+Exponent = Annotated[
+    float | None,
+    typer.Option(
+        "--attention-exponent",
+        min=0.01,
+        help="Exponent of attention scores [default: 2 for flap, 1 for baselines].",
+    ),
+]
+
+CompensateOption = Annotated[
+    Compensate | None,
+    typer.Option(help="What makes up for pruned channels: none, bias (the paper's), lstsq (not there yet) "
+                 "[default: bias for flap, none for baselines]."),
+]  # fmt: skip
+MaskOnly = Annotated[bool, typer.Option("--mask-only", help="Zeros in place, shapes unchanged.")]
+MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
+StoreDtype = Annotated[
+    StoredDtype | None, typer.Option("--dtype", help="Type of the written weights [default: the source's].")
+]
+
+Perplexity = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text to read perplexity on, as for --dataset; repeatable [default: the calibration text's test part]."
+    ),
+]
+Baseline = Annotated[bool, typer.Option("--baseline/--no-baseline", help="Measure the dense model beside it.")]

@@ -1,0 +1,130 @@
+"""`flap apply`: the pruned folder of a plan, or the one that is there already."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flapcli import __version__
+from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
+from flapcli.checkpoint.write import parse_size
+from flapcli.errors import FlapError, UsageError
+from flapcli.plan import Plan, load_plan
+from flapcli.progress import Progress
+from flapcli.rundir import atomic_folder, sha256
+from flapcli.stats import Stats, load_header, load_stats
+
+
+@dataclass(frozen=True)
+class ApplyOptions:
+    """How a plan is applied; None leaves the choice to the plan's method and the source's dtype."""
+
+    compensate: str | None = None
+    mask_only: bool = False
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+
+
+def run_apply(
+    out: Path,
+    plan_path: Path,
+    stats_path: Path | None,
+    model: str | None,
+    hub: Hub,
+    options: ApplyOptions,
+    force: bool,
+    progress: Progress,
+) -> tuple[dict[str, Any], bool]:
+    """Stage 3: the pruned folder in `out`. Returns its config.json."""
+    if options.compensate == "lstsq":
+        raise UsageError("--compensate lstsq is not there yet: use bias (the paper's) or none")
+    shard_size = parse_size(options.max_shard_size, "--max-shard-size")
+    plan = load_plan(plan_path)
+    compensate = options.compensate or ("bias" if plan.method == "flap" else "none")
+    stats_path = stats_path or plan_path.parent / plan.stats.path
+    hub = Hub(hub.revision or plan.model.revision, hub.cache_dir, hub.trust_remote_code)
+    checkpoint = open_checkpoint(model or plan.model.name, hub)
+    _check_model(plan, plan_path, checkpoint)
+    made_by = {
+        "version": __version__,
+        "model": {"name": checkpoint.name, "revision": hub.revision, "fingerprint": checkpoint.fingerprint},
+        "plan_sha256": sha256(plan_path),
+        "stats_sha256": plan.stats.sha256,
+        "compensate": compensate,
+        **asdict(options) | {"compensate": compensate},
+    }
+    found = existing_folder(out)
+    if found and not force and _same_apply(found["flap"].get("made_by", {}), made_by):
+        return found, True
+    stats = _stats_of(plan, plan_path, stats_path) if compensate == "bias" else None
+    made_by["dataset"] = stats.header.calibration.dataset if stats else _dataset_of(stats_path)
+    _write_folder(out, checkpoint, plan, stats, options, shard_size, made_by, progress)
+    return json.loads((out / "config.json").read_bytes()), False
+
+
+def _write_folder(
+    out: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    stats: Stats | None,
+    options: ApplyOptions,
+    shard_size: int,
+    made_by: dict[str, Any],
+    progress: Progress,
+) -> None:
+    from flapcli.apply import TORCH_DTYPES, jobs, write
+    from flapcli.device import dtype_name
+    from flapcli.folder import write_companions
+    from flapcli.loading import quiet_transformers
+
+    quiet_transformers()
+    work = jobs(checkpoint, plan, stats, options.mask_only, options.dtype)
+    main_dtype = next(spec.dtype for job in work for spec in job.outputs if len(spec.shape) == 2)
+    with atomic_folder(out) as scratch:
+        write(scratch, work, shard_size, progress)
+        dtype = dtype_name(TORCH_DTYPES[main_dtype])
+        write_companions(scratch, checkpoint, plan, made_by, dtype, biases=stats is not None)
+
+
+def _same_apply(found: dict[str, Any], asked: dict[str, Any]) -> bool:
+    keys = asked.keys() - {"version"}
+    return all(found.get(key) == asked[key] for key in keys)
+
+
+def _check_model(plan: Plan, plan_path: Path, checkpoint: Checkpoint) -> None:
+    if plan.model.fingerprint != checkpoint.fingerprint:
+        raise FlapError(
+            f"{plan_path} was made for {plan.model.name} ({plan.model.fingerprint[:12]}), which "
+            f"{checkpoint.name} ({checkpoint.fingerprint[:12]}) is not: give its --model, or calibrate and plan anew"
+        )
+
+
+def _stats_of(plan: Plan, plan_path: Path, stats_path: Path) -> Stats:
+    """The plan's statistics. Raises FlapError where they are others than those it was made from."""
+    stats = load_stats(stats_path)
+    if (found := sha256(stats_path)) != plan.stats.sha256:
+        raise FlapError(
+            f"{plan_path} was made from other statistics ({plan.stats.sha256[:12]}) than {stats_path} "
+            f"({found[:12]}): run `flap plan` again, or give its --stats"
+        )
+    return stats
+
+
+def _dataset_of(stats_path: Path) -> str | None:
+    try:
+        return load_header(stats_path).calibration.dataset
+    except FlapError:
+        return None  # only a default of `flap eval` depends on it
+
+
+def existing_folder(out: Path) -> dict[str, Any] | None:
+    """config.json of a pruned folder at `out`, None where nothing is there; refuses anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        config = json.loads((out / "config.json").read_bytes())
+        if "made_by" in config["flap"]:
+            return config
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise FlapError(f"{out} holds something that flap did not write: move it away or give another --out")

@@ -1,0 +1,132 @@
+"""The run folder: where artifacts lie, and how they are written without ever being half there."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flapcli.errors import FlapError
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The artifacts of one pruning run (DESIGN 1.1)."""
+
+    path: Path
+
+    @property
+    def stats(self) -> Path:
+        return self.path / "stats.safetensors"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.yaml"
+
+    @property
+    def pruned(self) -> Path:
+        return self.path / "pruned"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval.json"
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `target`; it takes the target's place only on success.
+
+    Raises FlapError where the file system refuses (full disk, no permission); the old file stays.
+    """
+    scratch = _scratch(target)
+    try:
+        yield scratch
+        os.replace(scratch, target)
+    except OSError as error:
+        raise _explain(error, target) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder; it takes the target's place only on success.
+
+    Raises FlapError where the file system refuses (full disk, no permission); the old folder stays.
+    """
+    scratch = _scratch(target)
+    try:
+        scratch.mkdir()
+        yield scratch
+        _swap(scratch, target)
+    except OSError as error:
+        raise _explain(error, target) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    """Rename `scratch` to `target`; what stood there is removed only after that."""
+    if not target.exists():
+        os.rename(scratch, target)
+        return
+    old = _scratch(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(scratch, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _scratch(target: Path, kind: str = "tmp") -> Path:
+    """A hidden sibling of `target` named after this process; leftovers of dead ones are removed."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _explain(error, target) from error
+    for left in target.parent.glob(f".{target.name}.{kind}-*"):
+        pid = left.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not (pid.isdigit() and _alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return target.parent / f".{target.name}.{kind}-{os.getpid()}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise FlapError unless the file system of `folder` has `needed` bytes free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise FlapError(
+            f"not enough disk space at {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            "free some or write elsewhere with --out"
+        )
+
+
+def _explain(error: OSError, target: Path) -> FlapError:
+    if error.errno in NO_SPACE:
+        return FlapError(f"no space left while writing {target}: free some disk space or use --out elsewhere")
+    return FlapError(f"cannot write {target}: {error.strerror or error}")

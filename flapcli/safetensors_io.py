@@ -1,0 +1,110 @@
+"""Safetensors files read by their header and written as a stream, without torch.
+
+The library reads and writes whole files; planning, fingerprints and the largest checkpoints need the
+header alone, and a writer that holds one tensor at a time.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from flapcli.errors import FlapError
+
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and safetensors dtype code of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself: its tensors, its metadata, and the header's raw bytes."""
+
+    tensors: dict[str, TensorSpec]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a file's header. Raises FlapError where the file is missing, corrupt or truncated."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+            raw = file.read(length) if length <= min(MAX_HEADER, size) else b""
+    except OSError as error:
+        raise FlapError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        entries: dict[str, Any] = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        tensors = {n: TensorSpec(n, tuple(e["shape"]), e["dtype"]) for n, e in entries.items()}
+        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
+        bad = [n for n, e in entries.items() if tensors[n].nbytes != e["data_offsets"][1] - e["data_offsets"][0]]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FlapError(f"{path} is not a safetensors file or is corrupt: its header can't be read") from error
+    if bad:
+        raise FlapError(f"{path} is corrupt: the size of {bad[0]} does not fit its shape")
+    if size != 8 + length + end:
+        raise FlapError(f"{path} is truncated or corrupt: {size:,} bytes, its header asks for {8 + length + end:,}")
+    return Header(tensors, metadata, raw)
+
+
+class StreamWriter:
+    """Writes one safetensors file tensor by tensor, in the order announced.
+
+    The file is flushed to disk on a clean exit; after an exception it is left for the caller's
+    scratch folder to discard.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str]) -> None:
+        self._specs = iter(specs := list(specs))
+        header: dict[str, Any] = {"__metadata__": metadata}
+        offset = 0
+        for spec in specs:
+            header[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset := offset + spec.nbytes],
+            }
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(raw)) + raw)
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Append one tensor's bytes (little-endian, row-major). Raises ValueError out of order."""
+        spec = next(self._specs)
+        if (name, data.nbytes) != (spec.name, spec.nbytes):
+            raise ValueError(f"expected {spec}, got {name} with {data.nbytes} bytes")
+        self._file.write(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        with self._file:
+            if kind is None:
+                if left := next(self._specs, None):
+                    raise ValueError(f"{left.name} was announced and not written")
+                self._file.flush()
+                os.fsync(self._file.fileno())

@@ -1,0 +1,74 @@
+"""The sizes of a model that planning needs, without the model."""
+
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+Module = Literal["attention", "mlp"]
+MODULES: tuple[Module, Module] = ("attention", "mlp")
+
+
+class LayerShape(NamedTuple):
+    """Sizes of one decoder layer; 0 where a module was pruned away whole."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+class ModelShape(BaseModel):
+    """Where a model comes from and how its decoder is built.
+
+    The scalar sizes are those of the architecture (config.json); `layers` gives each layer's own
+    sizes, which differ where the model was pruned before.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    revision: str | None = None
+    fingerprint: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    parameters: int
+    mlp_projections: int
+    unit_biases: dict[Module, int]
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def query_heads_per_group(self) -> int:
+        """Query heads that share one key/value head: 1 under multi-head attention."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def unit(self, module: Module) -> str:
+        """Name of the module's prunable unit (METHOD.md, Setting)."""
+        if module == "mlp":
+            return "neuron"
+        return "head" if self.query_heads_per_group == 1 else "kv_group"
+
+    def units(self, layer: int, module: Module) -> int:
+        """How many units the module of this layer has."""
+        sizes = self.layers[layer]
+        return sizes.intermediate_size if module == "mlp" else sizes.num_key_value_heads
+
+    def channels_per_unit(self, module: Module) -> int:
+        """Channels of the output projection's input that one unit owns."""
+        return 1 if module == "mlp" else self.query_heads_per_group * self.head_dim
+
+    def unit_parameters(self, module: Module) -> int:
+        """Weights that go with one unit (METHOD.md, AL-AM): (2g + 2) h d, or 3h for a gated neuron.
+
+        Biases of the producing projections are not counted here; see `unit_biases`.
+        """
+        if module == "mlp":
+            return self.mlp_projections * self.hidden_size
+        return (2 * self.query_heads_per_group + 2) * self.hidden_size * self.head_dim
+
+    def prunable(self, module: Module) -> int:
+        """Weights of all units of this kind of module in the whole model."""
+        return self.unit_parameters(module) * sum(self.units(i, module) for i in range(self.num_layers))
