@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def make_tiny(folder: Path, kind: str, seed: int = 0, shard: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:
-    """A random model of CONFIGS[kind] in `folder`, its weights large enough that every unit matters, with a tokenizer."""
+    """A random model of CONFIGS[kind] in `folder`, with weights so large that every unit matters, and a tokenizer."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind])
     with torch.no_grad():
