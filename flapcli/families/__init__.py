@@ -33,10 +33,15 @@ class ModuleDescription(_Description):
 
 
 class GgufDescription(_Description):
-    """How llama.cpp stores the family: its architecture's name and the projections whose rows it permutes."""
+    """How llama.cpp stores the family.
+
+    Its architecture's name, the projections whose rows it permutes, and which of config.json's keys its
+    metadata fill (prefixed by the architecture's name).
+    """
 
     architecture: str
     permuted: list[str]
+    config: dict[str, str]
 
 
 class Family(_Description):
@@ -104,6 +109,15 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         known = ", ".join(families())
         raise FlapError(f"{where}: model_type {json.dumps(model_type)} is not supported; flap prunes: {known}")
     return family
+
+
+def family_of_gguf(architecture: str, where: str) -> Family:
+    """The family of a GGUF file's `general.architecture`; the first, where several share one (llama)."""
+    for family in families().values():
+        if family.gguf.architecture == architecture:
+            return family
+    known = ", ".join(sorted({family.gguf.architecture for family in families().values()}))
+    raise FlapError(f"{where}: GGUF architecture {architecture!r} is not supported; flap reads: {known}")
 
 
 def family_named(name: str) -> Family:
