@@ -7,7 +7,7 @@ window at a time, layer by layer, hooks on both output projections that update a
 """
 
 import argparse
-import resource
+import os
 import shutil
 import statistics
 import subprocess
@@ -16,22 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from flapcli.calibrate import Recorder
-from flapcli.checkpoint import open_checkpoint
-from flapcli.corpus import calibration_windows
-from flapcli.device import pick_dtype
-from flapcli.loading import load_model, quiet_transformers
-
-CPU = torch.device("cpu")
+# Torch is imported inside: a child's peak memory counts from its parent's at the fork.
 
 
 class AuthorsHook:
     """The running moments of the authors' WrappedGPT.add_batch, channel by token as they keep them."""
 
     def __init__(self, channels: int) -> None:
+        import torch
+
         self.baseline, self.fluctuation, self.nsamples = torch.zeros(channels), torch.zeros(channels), 0
 
     def __call__(self, _module, inputs, _output) -> None:
@@ -47,6 +40,12 @@ class AuthorsHook:
 
 def authors_way(nsamples: int) -> float:
     """Seconds from a GGUF file to the statistics, loading included, as their script goes about it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from flapcli.checkpoint import open_checkpoint
+    from flapcli.corpus import calibration_windows
+
     start = time.perf_counter()
     path = open_checkpoint("demo").path
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -72,24 +71,27 @@ def run(*args: str) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a whole process."""
     before = time.perf_counter()
     process = subprocess.Popen([sys.executable, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = _wait(process.pid)
+    _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{args} failed")
     return time.perf_counter() - before, usage.ru_maxrss * 1024
 
 
-def _wait(pid: int) -> tuple[int, int, resource.struct_rusage]:
-    import os
-
-    return os.wait4(pid, 0)
-
-
 def hooks_over_bare_forward(batches: int = 24) -> None:
     """Alternate batches with and without the recorder, on the same decoder and tokens."""
+    import torch
+
+    from flapcli.calibrate import Recorder
+    from flapcli.checkpoint import open_checkpoint
+    from flapcli.corpus import calibration_windows
+    from flapcli.device import pick_dtype
+    from flapcli.loading import load_model
+
+    cpu = torch.device("cpu")
     source = open_checkpoint("demo")
     windows = torch.from_numpy(calibration_windows("pydoc", source.load_tokenizer(), 8 * batches, 128, 0))
-    dtype = pick_dtype("auto", CPU)
-    bare, hooked = (load_model(source, dtype, CPU) for _ in range(2))
+    dtype = pick_dtype("auto", cpu)
+    bare, hooked = (load_model(source, dtype, cpu) for _ in range(2))
     recorder = Recorder(source, hooked, gram=False)
     times: dict[str, list[float]] = {"bare": [], "hooked": []}
     with torch.inference_mode():
@@ -105,19 +107,15 @@ def hooks_over_bare_forward(batches: int = 24) -> None:
           f"{statistics.median(ratios):.3f} (median of {batches}; aim at most 1.15)")  # fmt: skip
 
 
-def whole_pipeline(nsamples: int, scratch: Path) -> None:
+def whole_pipeline(nsamples: int, folder: Path) -> float:
+    """Seconds of calibrate + plan + apply as a user gets them by default."""
     flap = ("-m", "flapcli")
-    folder = str(scratch / "run")
-    stages = {
-        "calibrate": run(*flap, "calibrate", "-d", folder, "--nsamples", str(nsamples)),
-        "plan": run(*flap, "plan", "-d", folder),
-        "apply": run(*flap, "apply", "-d", folder),
-    }
-    for name, (seconds, peak) in stages.items():
-        print(f"flap {name}: {seconds:.2f} s, peak {peak / 1e6:.0f} MB")
-    ours, theirs = sum(seconds for seconds, _ in stages.values()), authors_way(nsamples)
-    print(f"authors' way over calibrate + plan + apply ({nsamples} windows, loading included): "
-          f"{theirs:.1f} s / {ours:.1f} s = {theirs / ours:.2f} (aim at least 4)")  # fmt: skip
+    total = 0.0
+    for stage, options in (("calibrate", ["--nsamples", str(nsamples)]), ("plan", []), ("apply", [])):
+        seconds, peak = run(*flap, stage, "-d", str(folder), *options)
+        total += seconds
+        print(f"flap {stage}: {seconds:.2f} s, peak {peak / 1e6:.0f} MB", flush=True)
+    return total
 
 
 def apply_over_copy(scratch: Path) -> None:
@@ -132,8 +130,6 @@ def apply_over_copy(scratch: Path) -> None:
     weights = next(dense.glob("*.safetensors"))
     start = time.perf_counter()
     shutil.copyfile(weights, scratch / "copy")
-    import os
-
     with (scratch / "copy").open("rb+") as file:
         os.fsync(file.fileno())
     copied = time.perf_counter() - start
@@ -154,12 +150,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--windows", type=int, default=1024)
     options = parser.parse_args()
-    quiet_transformers()
     start_up()
-    hooks_over_bare_forward()
     with tempfile.TemporaryDirectory() as scratch:
-        whole_pipeline(options.windows, Path(scratch))
+        ours = whole_pipeline(options.windows, Path(scratch) / "run")
         apply_over_copy(Path(scratch))
+    from flapcli.loading import quiet_transformers
+
+    quiet_transformers()
+    hooks_over_bare_forward()
+    theirs = authors_way(options.windows)
+    print(f"authors' way over calibrate + plan + apply ({options.windows} windows, loading included): "
+          f"{theirs:.1f} s / {ours:.1f} s = {theirs / ours:.2f} (aim at least 4)")  # fmt: skip
 
 
 if __name__ == "__main__":
