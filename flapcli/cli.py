@@ -131,6 +131,8 @@ def apply(
     model: o.DenseModel = None,
     out: o.Out = None,
     compensate: o.CompensateOption = None,
+    ridge: o.Ridge = 0.01,
+    bias: o.LstsqBias = True,
     mask_only: o.MaskOnly = False,
     dtype: o.StoreDtype = None,
     max_shard_size: o.MaxShardSize = "5GB",
@@ -148,7 +150,7 @@ def apply(
     path = out or run_dir / "pruned"
     config, cached = run_apply(
         path, plan or run_dir / "plan.yaml", stats, model, Hub(revision, cache_dir, trust_remote_code),
-        ApplyOptions(compensate, mask_only, dtype, max_shard_size), force, _bars(),
+        ApplyOptions(compensate, ridge, bias, mask_only, dtype, max_shard_size), force, _bars(),
     )  # fmt: skip
     _report(path, cached, as_json, config, "show_folder", config, str(path))
 
@@ -201,6 +203,8 @@ def run(
     allow_empty: o.AllowEmpty = False,
     attention_exponent: o.Exponent = None,
     compensate: o.CompensateOption = None,
+    ridge: o.Ridge = 0.01,
+    bias: o.LstsqBias = True,
     mask_only: o.MaskOnly = False,
     max_shard_size: o.MaxShardSize = "5GB",
     dataset: o.Dataset = None,
@@ -233,7 +237,8 @@ def run(
         (plan, {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent}),
-        (apply, {"compensate": compensate, "mask_only": mask_only, "max_shard_size": max_shard_size} | hub),
+        (apply, {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
+                 "max_shard_size": max_shard_size} | hub),
         (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype}
          | where | hub),
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flapcli import modeling
+from flapcli.apply import Compensation
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.families import Family
 from flapcli.plan import Plan, pruned_layers, save_plan
@@ -20,16 +21,20 @@ COMPANIONS = [
 
 
 def write_companions(
-    folder: Path, checkpoint: Checkpoint, plan: Plan, made_by: dict[str, Any], dtype: str, biases: bool
+    folder: Path, checkpoint: Checkpoint, plan: Plan, made_by: dict[str, Any], dtype: str, compensation: Compensation
 ) -> None:
     """Write everything but weights into `folder`.
 
     `made_by` is what the folder was made from and how, for the cache and for people; `dtype` the weights'
-    torch name; `biases` whether compensation added biases to the output projections.
+    torch name; `compensation` what the weights were written with.
     """
     mask_only = made_by["mask_only"]
     layers = checkpoint.shape.layers if mask_only else pruned_layers(plan, checkpoint.shape)
-    config = pruned_config(checkpoint, layers, biases, dtype)
+    config = pruned_config(checkpoint, layers, compensation.adds_bias, dtype)
+    if compensation.errors:
+        config["flap"]["output_error"] = {
+            module: [compensation.errors.get((i, module)) for i in range(len(layers))] for module in MODULES
+        }
     config["flap"]["made_by"] = made_by
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(modeling.__file__, folder / MODELING)

@@ -124,7 +124,6 @@ def test_plan_misuse(flap, run, options, words):
         ("calibrate --device cuda", "--device cuda: this machine has none"),
         ("eval --perplexity nowhere.txt", "no such file"),
         ("apply --max-shard-size 5X", "--max-shard-size 5X: give a size"),
-        ("apply --compensate lstsq", "lstsq"),
     ],
 )
 def test_misuse_of_other_stages(flap, run, text_file, arguments, words):
