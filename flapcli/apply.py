@@ -104,6 +104,11 @@ def jobs(
     return ordered + list(made.values())
 
 
+def zeros(specs: list[TensorSpec]) -> list[Job]:
+    """Tensors of zeros, which a stock configuration asks for."""
+    return [Job((spec,), lambda spec=spec: (torch.zeros(spec.shape),)) for spec in specs]  # type: ignore[misc]
+
+
 def write(folder: Path, work: list[Job], max_shard_size: int, progress: Progress) -> None:
     """Carry the jobs out into shards of `folder`, one tensor in memory at a time."""
     specs = [spec for job in work for spec in job.outputs]

@@ -134,6 +134,7 @@ def apply(
     ridge: o.Ridge = 0.01,
     bias: o.LstsqBias = True,
     mask_only: o.MaskOnly = False,
+    remote_code: o.RemoteCode = "auto",
     dtype: o.StoreDtype = None,
     max_shard_size: o.MaxShardSize = "5GB",
     revision: o.Revision = None,
@@ -150,7 +151,7 @@ def apply(
     path = out or run_dir / "pruned"
     config, cached = run_apply(
         path, plan or run_dir / "plan.yaml", stats, model, Hub(revision, cache_dir, trust_remote_code),
-        ApplyOptions(compensate, ridge, bias, mask_only, dtype, max_shard_size), force, _bars(),
+        ApplyOptions(compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size), force, _bars(),
     )  # fmt: skip
     _report(path, cached, as_json, config, "show_folder", config, str(path))
 
@@ -206,6 +207,7 @@ def run(
     ridge: o.Ridge = 0.01,
     bias: o.LstsqBias = True,
     mask_only: o.MaskOnly = False,
+    remote_code: o.RemoteCode = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     dataset: o.Dataset = None,
     text_column: o.TextColumn = "text",
@@ -238,7 +240,7 @@ def run(
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent}),
         (apply, {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
-                 "max_shard_size": max_shard_size} | hub),
+                 "remote_code": remote_code, "max_shard_size": max_shard_size} | hub),
         (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype}
          | where | hub),
     ]  # fmt: skip
@@ -268,6 +270,21 @@ def show(
         return
     for _, _, draw in found:
         getattr(console, draw[0])(*draw[1:])
+
+
+@command
+def push(
+    repo: str = typer.Argument(metavar="REPO", help="USER/NAME on the hub; created where it is not there."),
+    checkpoint: Path | None = typer.Argument(None, metavar="[CHECKPOINT]", help="Pruned folder [default: DIR/pruned]."),
+    run_dir: o.Run = RUN,
+    private: bool = typer.Option(False, "--private", help="Create it as a private repository."),
+    debug: o.Debug = False,
+) -> None:
+    """Upload a pruned folder to the hub; the token comes from the environment."""
+    from flapcli import console
+    from flapcli.pipeline.push import push as upload
+
+    console.note(f"uploaded: {upload(checkpoint or run_dir / 'pruned', repo, private)}")
 
 
 @command

@@ -34,7 +34,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
 def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     """A folder pruned by flap is read by our own code, never by the code that lies in it."""
-    if "flap" in checkpoint.config and "auto_map" in checkpoint.config:
+    if "modules" in checkpoint.config.get("flap", {}):
         return getattr(modeling, f"Flap{checkpoint.family.architecture}")
     return AutoModelForCausalLM
 

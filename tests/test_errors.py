@@ -295,6 +295,17 @@ def test_a_real_signal(tiny, text_file, tmp_path):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.safetensors"))
 
 
+def test_push_says_what_stops_it(flap, run, tmp_path):
+    refused(flap("push", "me/model", "-d", tmp_path / "none", code=1), "run `flap apply` first")
+    refused(flap("push", "not//valid//", "-d", run, code=1), "USER/NAME")
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
+    command = [sys.executable, "-m", "flapcli", "push", "me/model", "-d", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "error: me/model: the hub can't be reached" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_debug_shows_the_traceback(tmp_path):
     command = [sys.executable, "-m", "flapcli", "plan", "-d", str(tmp_path), "--debug"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

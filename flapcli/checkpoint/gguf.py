@@ -90,6 +90,10 @@ class GgufCheckpoint(Checkpoint):
             sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.nbytes
         return GGMLQuantizationType(max(sizes, key=lambda kind: sizes[kind])).name
 
+    @property
+    def license(self) -> str | None:
+        return self.header.metadata.get("general.license")
+
     def read(self, name: str) -> "torch.Tensor":
         import torch
         from gguf import GGMLQuantizationType, dequantize

@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from flapcli.checkpoint.base import Checkpoint, architecture_digest
 from flapcli.errors import FlapError
 from flapcli.safetensors_io import Header, TensorSpec, read_header
@@ -55,6 +57,15 @@ class SafetensorsCheckpoint(Checkpoint):
         for spec in self.stored.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def license(self) -> str | None:
+        card = self.path / "README.md"
+        try:
+            metadata = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
+            return str(metadata["license"])
+        except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError):
+            return None  # no card, or one without metadata
 
     def read(self, name: str) -> "torch.Tensor":
         from safetensors import safe_open

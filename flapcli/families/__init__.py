@@ -45,7 +45,10 @@ class GgufDescription(_Description):
 
 
 class Family(_Description):
-    """A model family. `sizes` maps our names of sizes to config.json's keys."""
+    """A model family. `sizes` maps our names of sizes to config.json's keys.
+
+    `bias_options` maps a module to the configuration's switch that gives all its projections biases.
+    """
 
     name: str
     covers: str
@@ -56,6 +59,7 @@ class Family(_Description):
     layer: str
     attention: ModuleDescription
     mlp: ModuleDescription
+    bias_options: dict[Module, str]
     uncut: list[str]
     dropped: list[str]
     head: str

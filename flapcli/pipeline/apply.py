@@ -9,7 +9,7 @@ from flapcli import __version__
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.errors import FlapError, UsageError
-from flapcli.plan import Plan, load_plan
+from flapcli.plan import Plan, load_plan, pruned_layers
 from flapcli.progress import Progress
 from flapcli.rundir import atomic_folder, sha256
 from flapcli.stats import Stats, has_gram, load_header, load_stats
@@ -23,6 +23,7 @@ class ApplyOptions:
     ridge: float = 0.01
     lstsq_bias: bool = True
     mask_only: bool = False
+    remote_code: str = "auto"
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
@@ -61,6 +62,7 @@ def run_apply(
     stats = _stats_of(plan, plan_path, stats_path) if compensate != "none" else None
     if stats and compensate == "lstsq" and not has_gram(stats_path):
         raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
+    made_by["license"] = checkpoint.license
     made_by["dataset"] = stats.header.calibration.dataset if stats else _dataset_of(stats_path)
     _write_folder(out, checkpoint, plan, stats, options, shard_size, made_by, progress)
     return json.loads((out / "config.json").read_bytes()), False
@@ -76,20 +78,28 @@ def _write_folder(
     made_by: dict[str, Any],
     progress: Progress,
 ) -> None:
-    from flapcli.apply import TORCH_DTYPES, Compensation, jobs, write
+    from flapcli.apply import TORCH_DTYPES, Compensation, jobs, write, zeros
     from flapcli.device import dtype_name
     from flapcli.folder import write_companions
     from flapcli.loading import quiet_transformers
+    from flapcli.stock import as_stock
 
     quiet_transformers()
     compensation = Compensation(made_by["compensate"], stats, options.ridge, options.lstsq_bias)
     _say_of_rank(stats, made_by["compensate"], progress)
     work = jobs(checkpoint, plan, compensation, options.mask_only, options.dtype)
-    main_dtype = next(spec.dtype for job in work for spec in job.outputs if len(spec.shape) == 2)
+    code = next(spec.dtype for job in work for spec in job.outputs if len(spec.shape) == 2)
+    layers = checkpoint.shape.layers if options.mask_only else pruned_layers(plan, checkpoint.shape)
+    stock = None
+    if options.remote_code == "auto":
+        stock, why = as_stock(checkpoint, layers, compensation.adds_bias, code)
+        how = f"a stock {checkpoint.family.architecture}" if stock else "a checkpoint that needs trust_remote_code"
+        progress.note(f"{why}: writing {how}")
+    work += zeros(stock.zero_biases if stock else [])
     with atomic_folder(out) as scratch:
         write(scratch, work, shard_size, progress)
-        dtype = dtype_name(TORCH_DTYPES[main_dtype])
-        write_companions(scratch, checkpoint, plan, made_by, dtype, compensation)
+        dtype = dtype_name(TORCH_DTYPES[code])
+        write_companions(scratch, checkpoint, plan, made_by, layers, dtype, compensation, stock)
 
 
 def _say_of_rank(stats: Stats | None, compensate: str, progress: Progress) -> None:
