@@ -43,6 +43,7 @@ class Header:
     tensors: dict[str, TensorSpec]
     metadata: dict[str, str]
     raw: bytes
+    offsets: dict[str, int]  # of each tensor's first byte in the file
 
 
 def read_header(path: Path) -> Header:
@@ -57,7 +58,11 @@ def read_header(path: Path) -> Header:
     try:
         entries: dict[str, Any] = json.loads(raw)
         metadata = entries.pop("__metadata__", {})
+        unknown = [(n, e["dtype"]) for n, e in entries.items() if e["dtype"] not in ITEM_SIZE]
         tensors = {n: TensorSpec(n, tuple(e["shape"]), e["dtype"]) for n, e in entries.items()}
+        offsets = {n: 8 + length + e["data_offsets"][0] for n, e in entries.items()}
+        if unknown:
+            raise FlapError(f"{path}: tensor {unknown[0][0]} is {unknown[0][1]}, which flap can't read")
         end = max((e["data_offsets"][1] for e in entries.values()), default=0)
         bad = [n for n, e in entries.items() if tensors[n].nbytes != e["data_offsets"][1] - e["data_offsets"][0]]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -66,7 +71,25 @@ def read_header(path: Path) -> Header:
         raise FlapError(f"{path} is corrupt: the size of {bad[0]} does not fit its shape")
     if size != 8 + length + end:
         raise FlapError(f"{path} is truncated or corrupt: {size:,} bytes, its header asks for {8 + length + end:,}")
-    return Header(tensors, metadata, raw)
+    return Header(tensors, metadata, raw, offsets)
+
+
+def read_into(path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` from the file. Raises FlapError where it can't be read or is too short.
+
+    Read and not mapped: pages of a mapping count as this process's memory until it is closed.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < buffer.nbytes:
+                count = file.readinto(buffer[done:])  # the kernel gives at most 2 GiB a call
+                if not count:
+                    raise FlapError(f"{path} is truncated: {buffer.nbytes - done:,} bytes are missing")
+                done += count
+    except OSError as error:
+        raise FlapError(f"cannot read {path}: {error.strerror}") from error
 
 
 class StreamWriter:
