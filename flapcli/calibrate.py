@@ -58,6 +58,8 @@ def measure(
     recorder = Recorder(checkpoint, model, gram, device)
     saved = Saved(resume, recorder) if resume else None
     done = saved.restore() if saved else 0
+    if done:
+        progress.note(f"going on after window {done} of {len(windows)}")
 
     def step(part: slice) -> None:
         recorder.abandon()

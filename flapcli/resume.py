@@ -46,6 +46,7 @@ class Resume:
         """The folder, made and marked with the key."""
         try:
             if not self.folder.exists():
+                self.__exit__(None, None, None)  # the lock of one that was discarded
                 self.folder.mkdir(parents=True)
                 self._take()
             if self._read_key() != self.key:

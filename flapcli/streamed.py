@@ -1,6 +1,6 @@
 """Stage 1 for models bigger than memory: one decoder layer at a time over all windows, saved after each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,31 +32,40 @@ class Streaming:
     batches: Batches
     ranks: Ranks
     writer: StatsWriter | None
-    model: torch.nn.Module = field(repr=False)
+    model: torch.nn.Module
+    progress: Progress
 
     def run(self, advance: Advance) -> None:
-        start = self._start()
+        start, count = self._start(), self.checkpoint.shape.num_layers
         advance(start * self.windows.size)
+        if self.writer:
+            self.writer.rewind(start)
         if start:
-            self.hidden.restore(start)
-            if self.writer:
-                self.writer.rewind(start)
-        else:
+            self.progress.note(f"going on with layer {start} of {count} (from 0)")
+        if start == 0:
             self._embed()
+        elif start < count:
+            self.hidden.restore(start)
         for index, layer, norms in Layers(self.checkpoint, self.model, self.device).from_(start):
             self._layer(index, layer, advance)
-            if index + 1 < self.checkpoint.shape.num_layers:
+            if index + 1 < count:
                 self.hidden.save(index + 1)
             self._write(index, norms)
             self.ranks.agree(index)  # from here on no rank can need the input of this layer again
             self.hidden.forget(index)
 
     def _start(self) -> int:
-        """The last layer whose input every rank has, and before which rank 0 has all statistics; 0 to begin."""
+        """The last layer whose input every rank has, and before which rank 0 has all statistics; 0 to begin.
+
+        One past the last layer where all is written, and only the file's last rename was not.
+        """
         mine = {"inputs": self.hidden.saved(), "written": self.writer.layers if self.writer else 0}
         everyone = self.ranks.agree(mine)
+        written = everyone[0]["written"]
+        if written == self.checkpoint.shape.num_layers:
+            return written
         shared = set.intersection(*(set(theirs["inputs"]) for theirs in everyone))
-        return max((layer for layer in shared if layer <= everyone[0]["written"]), default=0)
+        return max((layer for layer in shared if layer <= written), default=0)
 
     def _tokens(self, part: slice) -> torch.Tensor:
         return torch.from_numpy(self.windows[part])
@@ -126,6 +135,7 @@ def stream(
         ranks=ranks,
         writer=writer,
         model=model,
+        progress=progress,
     )
     layers = checkpoint.shape.num_layers
     with torch.inference_mode(), progress.task("calibrate", windows.size * layers, "tokens x layers") as advance:
