@@ -1,23 +1,28 @@
 """Stage 1: one dense forward pass over the calibration windows, and what it says of every channel."""
 
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
-from typing import NoReturn
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.device import for_batches
-from flapcli.errors import FlapError
+from flapcli.checkpoint.write import raw_bytes
+from flapcli.device import Batches
 from flapcli.loading import load_model
-from flapcli.moments import Moments, batch_sums
+from flapcli.moments import Moments
 from flapcli.progress import Progress
-from flapcli.shape import MODULES, Module
+from flapcli.ranks import Ranks
+from flapcli.recording import Key, Norms, Recorder, complete
+from flapcli.resume import Resume
+from flapcli.rundir import atomic_file
+from flapcli.safetensors_io import StreamWriter, TensorSpec, read_header, read_into
 from flapcli.stats import ModuleStats
 
-Key = tuple[int, Module]
+# A checkpoint is taken no sooner after the last one than this, and than 20 times what that one took.
+SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
 
 
 @dataclass
@@ -28,70 +33,6 @@ class Measured:
     grams: dict[Key, NDArray[np.float32]] | None
 
 
-class Recorder:
-    """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums).
-
-    A batch counts only once `commit` is called, so one that failed half-way leaves no trace. All channels of
-    the model are merged as one vector: sixty small merges a batch would cost more than the sums.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, gram: bool) -> None:
-        shape = checkpoint.shape
-        self.sizes = {
-            (layer, module): shape.units(layer, module) * shape.channels_per_unit(module)
-            for layer in range(shape.num_layers)
-            for module in MODULES
-        }
-        self.total: Moments | None = None
-        self.grams: dict[Key, torch.Tensor] = {}
-        self._batch: dict[Key, torch.Tensor] = {}
-        self._tokens = 0
-        self._products: dict[Key, torch.Tensor] = {}
-        for key, channels in self.sizes.items():
-            if channels:
-                projection = model.get_submodule(checkpoint.family.output(*key))
-                projection.register_forward_pre_hook(self._hook(key, gram))
-
-    def _hook(self, key: Key, gram: bool) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        def record(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            self._batch[key] = batch_sums(inputs[0])
-            self._tokens = inputs[0].shape[:-1].numel()
-            if gram:
-                x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-                self._products[key] = x.T @ x
-
-        return record
-
-    def commit(self) -> None:
-        """Take in the last batch. Raises FlapError naming the first layer whose activations are not finite."""
-        keys = [key for key, channels in self.sizes.items() if channels]
-        sums = torch.cat([self._batch[key].cpu() for key in keys], dim=1)
-        if not torch.isfinite(sums).all():
-            self._refuse(keys)
-        batch = Moments.from_sums(self._tokens, sums)
-        if self.total:
-            self.total.merge(batch)
-        else:
-            self.total = batch
-        for key, product in self._products.items():
-            self.grams[key] = self.grams[key].add_(product) if key in self.grams else product
-        self._batch.clear()
-        self._products.clear()
-
-    def _refuse(self, keys: list[Key]) -> NoReturn:
-        layer, module = next(key for key in keys if not torch.isfinite(self._batch[key]).all())
-        raise FlapError(
-            f"activations of layer {layer}, {module} are NaN or infinite: try --dtype float32 or bfloat16, "
-            "and check that the checkpoint's weights are finite"
-        )
-
-    def moments(self) -> dict[Key, Moments]:
-        """The moments of every module; of no channels where a module is pruned away."""
-        if self.total is None:
-            raise ValueError("nothing was recorded")
-        return dict(zip(self.sizes, self.total.split(list(self.sizes.values())), strict=True))
-
-
 def measure(
     checkpoint: Checkpoint,
     windows: NDArray[np.int64],
@@ -100,37 +41,98 @@ def measure(
     batch_size: int | None,
     gram: bool,
     progress: Progress,
+    resume: Resume | None = None,
+    ranks: Ranks | None = None,
+    device_map: str | None = None,
 ) -> Measured:
-    """Run `windows` (nsamples, seqlen) through the dense decoder and return the statistics.
+    """Run this rank's `windows` (nsamples, seqlen) through the dense decoder and return the statistics of all ranks.
 
-    Accumulators are float64 (Gram sums float32) whatever `dtype` the model runs in.
+    Accumulators are float64 (Gram sums float32) whatever `dtype` the model runs in. With `resume`, goes on
+    after the batches that an earlier run saved there. Away from rank 0 what is returned is of no use.
     Raises FlapError on activations that are not finite and where memory does not suffice.
     """
-    model = load_model(checkpoint, dtype, device)
+    ranks = ranks or Ranks(0, 1, 0)
+    model = load_model(checkpoint, dtype, device, device_map)
+    device = next(model.parameters()).device
     decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
-    recorder = Recorder(checkpoint, model, gram)
+    recorder = Recorder(checkpoint, model, gram, device)
+    saved = Saved(resume, recorder) if resume else None
+    done = saved.restore() if saved else 0
+    if done:
+        progress.note(f"going on after window {done} of {len(windows)}")
 
-    def step(batch: torch.Tensor) -> None:
-        decoder(input_ids=batch, use_cache=False)
+    def step(part: slice) -> None:
+        recorder.abandon()
+        decoder(input_ids=torch.from_numpy(windows[part]).to(device), use_cache=False)
         recorder.commit()
+        ranks.check()
+        if saved:
+            saved.after(part.stop)
 
+    batches = Batches(windows.shape[1], device, batch_size, progress)
     with torch.inference_mode():
-        for_batches(windows, step, device, batch_size, progress, "calibrate")
-    modules = {key: _module_stats(checkpoint, key, moments) for key, moments in recorder.moments().items()}
-    tokens = int(windows.size)
-    grams = {key: (total / tokens).cpu().numpy() for key, total in recorder.grams.items()}
-    return Measured(modules, grams if gram else None)
+        with progress.task("calibrate", windows.size, "tokens") as advance:
+            advance(done * windows.shape[1])
+            batches.run(len(windows), step, advance, done)
+        return _complete(checkpoint, recorder, ranks)
 
 
-def _module_stats(checkpoint: Checkpoint, key: Key, moments: Moments) -> ModuleStats:
-    """Moments as float32 vectors, with the norms of the output projection's columns beside them."""
-    if len(moments.mean) == 0:
-        return ModuleStats(*(np.zeros(0, np.float32) for _ in range(5)))
-    weight = checkpoint.read(f"{checkpoint.family.output(*key)}.weight").float()
-    return ModuleStats(
-        mean=moments.mean.float().numpy(),
-        variance=moments.variance.float().numpy(),
-        square_mean=moments.square_mean.float().numpy(),
-        weight_square_sum=weight.square().sum(0, dtype=torch.float64).float().numpy(),
-        weight_abs_mean=weight.abs().mean(0, dtype=torch.float64).float().numpy(),
-    )
+def _complete(checkpoint: Checkpoint, recorder: Recorder, ranks: Ranks) -> Measured:
+    measured = Measured({}, {} if recorder.gram else None)
+    for key in list(recorder.moments):
+        weight = f"{checkpoint.family.output(*key)}.weight"
+        norms = Norms.of(checkpoint.read(weight)) if ranks.rank == 0 and weight in checkpoint.tensors else None
+        measured.modules[key], gram = complete(recorder, key, norms, ranks)
+        if gram is not None and measured.grams is not None and ranks.rank == 0:
+            measured.grams[key] = gram
+    return measured
+
+
+class Saved:
+    """The recorder's sums in the resume folder, with the number of windows that they are of."""
+
+    def __init__(self, resume: Resume, recorder: Recorder) -> None:
+        self.resume, self.recorder = resume, recorder
+        self._next = time.monotonic() + SECONDS_BETWEEN
+
+    @property
+    def path(self) -> Path:
+        return self.resume.folder / "moments.safetensors"
+
+    def restore(self) -> int:
+        """Take in what an earlier run saved; returns how many windows that is."""
+        if not self.resume.found or not self.path.exists():
+            return 0
+        header = read_header(self.path)
+        values = {}
+        for name, spec in header.tensors.items():
+            value = torch.empty(spec.shape, dtype=torch.float64 if spec.dtype == "F64" else torch.float32)
+            read_into(self.path, header.offsets[name], raw_bytes(value))
+            values[name] = value
+        for key in self.recorder.moments:
+            if f"{key}.mean" in values:
+                count = int(header.metadata[f"{key}"])
+                self.recorder.moments[key] = Moments(count, values[f"{key}.mean"], values[f"{key}.m2"])
+            if f"{key}.gram" in values:
+                self.recorder.grams[key] = values[f"{key}.gram"].to(self.recorder.device)
+        return int(header.metadata["windows"])
+
+    def after(self, windows: int) -> None:
+        """Save now and then; `windows` have been taken in."""
+        start = time.monotonic()
+        if start < self._next:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for key, moments in self.recorder.moments.items():
+            if moments.count:
+                tensors |= {f"{key}.mean": moments.mean, f"{key}.m2": moments.m2}
+        tensors |= {f"{key}.gram": total for key, total in self.recorder.grams.items()}
+        codes = {torch.float64: "F64", torch.float32: "F32"}
+        specs = [TensorSpec(name, tuple(value.shape), codes[value.dtype]) for name, value in tensors.items()]
+        counts = {f"{key}": str(moments.count) for key, moments in self.recorder.moments.items()}
+        self.resume.ready()
+        with atomic_file(self.path) as scratch, StreamWriter(scratch, specs, counts | {"windows": str(windows)}) as out:
+            for name, value in tensors.items():
+                out.write(name, raw_bytes(value))
+        now = time.monotonic()
+        self._next = now + max(SECONDS_BETWEEN, TIMES_ITS_COST * (now - start))

@@ -50,7 +50,7 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, FlapError):
         return " ".join(str(error).split("\n"))
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing half-done is left behind"
+        return "interrupted; nothing half-done is left behind (calibrate goes on where it stopped when run again)"
     return f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
 
 
@@ -73,6 +73,11 @@ def calibrate(
     device: o.Device = "auto",
     dtype: o.RunDtype = "auto",
     gram: o.Gram = False,
+    gram_dtype: o.GramDtypeOption = "float32",
+    stream: o.Stream = None,
+    activation_memory: o.ActivationMemory = "8GB",
+    device_map: o.DeviceMap = None,
+    rank_timeout: o.RankTimeout = 60,
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -80,16 +85,24 @@ def calibrate(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure how much every channel fluctuates on a text -> DIR/stats.safetensors."""
-    from flapcli.checkpoint import Hub
-    from flapcli.pipeline.calibrate import CalibrateOptions, run_calibrate
-    from flapcli.pipeline.common import Compute, default_text
+    """Measure how much every channel fluctuates on a text -> DIR/stats.safetensors.
 
-    wanted = CalibrateOptions(dataset or default_text(model), nsamples, seqlen, seed, dtype, gram, text_column)
+    Killed, it goes on where it stopped when run again. Several processes share the windows:
+    torchrun --nproc-per-node 2 -m flapcli calibrate ...
+    """
+    from flapcli.checkpoint import Hub
+    from flapcli.pipeline.calibrate import run_calibrate
+    from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, is_writer
+
+    text = dataset or default_text(model)
+    wanted = CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype)
+    scale = Scale(stream, activation_memory, device_map, rank_timeout)
     path = out or run_dir / "stats.safetensors"
     hub = Hub(revision, cache_dir, trust_remote_code)
-    header, cached = run_calibrate(path, model, hub, wanted, Compute(device, _batch(batch_size)), force, _bars())
-    _report(path, cached, as_json, header.model_dump(), "show_stats", header)
+    compute = Compute(device, _batch(batch_size))
+    header, cached = run_calibrate(path, model, hub, wanted, compute, force, _bars(), scale)
+    if is_writer():
+        _report(path, cached, as_json, header.model_dump(), "show_stats", header)
 
 
 @command
@@ -215,6 +228,8 @@ def run(
     seqlen: o.Seqlen = 128,
     seed: o.Seed = 0,
     gram: o.Gram = False,
+    gram_dtype: o.GramDtypeOption = "float32",
+    stream: o.Stream = None,
     perplexity: o.Perplexity = None,
     baseline: o.Baseline = True,
     batch_size: o.BatchSize = "auto",
@@ -229,12 +244,16 @@ def run(
     debug: o.Debug = False,
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
+    from flapcli.pipeline.common import several_processes
+
+    if several_processes():
+        raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
     shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
     hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     where = {"batch_size": batch_size, "device": device, "seqlen": seqlen, "text_column": text_column}
     stages: list[tuple[Callable[..., None], dict[str, Any]]] = [
         (calibrate, {"model": model, "dataset": dataset, "nsamples": nsamples, "seed": seed, "dtype": dtype,
-                     "gram": gram}
+                     "gram": gram, "gram_dtype": gram_dtype, "stream": stream}
          | where | hub),
         (plan, {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from flapcli.errors import FlapError, UsageError
-from flapcli.progress import Progress
+from flapcli.progress import Advance, Progress
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384  # a batch's tokens: past these, larger batches gain nothing
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,26 +56,45 @@ def for_batches(
     `step` must take effect only when it returns: a batch that ran out of memory is cut in halves and tried
     again. Raises FlapError where the batch size was the user's, or one window is too much.
     """
-    size = batch_size or max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // windows.shape[1])
-    done = 0
+    batches = Batches(windows.shape[1], device, batch_size, progress)
+
+    def on_tokens(part: slice) -> None:
+        step(torch.from_numpy(windows[part]).to(device))
+
     with progress.task(description, windows.size, "tokens") as advance:
-        while done < len(windows):
-            batch = torch.from_numpy(windows[done : done + size]).to(device)
+        batches.run(len(windows), on_tokens, advance)
+
+
+class Batches:
+    """Cuts windows into batches, smaller ones from where memory ran out on."""
+
+    def __init__(self, seqlen: int, device: torch.device, batch_size: int | None, progress: Progress) -> None:
+        self.seqlen, self.device, self.progress = seqlen, device, progress
+        self.fixed = batch_size is not None
+        self.size = batch_size or max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // seqlen)
+
+    def run(self, count: int, step: Callable[[slice], None], advance: Advance, done: int = 0) -> None:
+        """Call `step` on the slices of `count` windows, in order, from window `done` on; see `for_batches`."""
+        while done < count:
+            part = slice(done, min(done + self.size, count))
             try:
-                step(batch)
+                step(part)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
-                if batch_size or size == 1:
-                    hint = "lower --batch-size" if size > 1 else "use a smaller --seqlen or another --device"
-                    raise FlapError(f"out of memory on {device} with batches of {size} windows: {hint}") from error
-                size //= 2
-                progress.note(f"out of memory on {device}: going on with batches of {size} windows")
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._shrink(error)
                 continue
-            done += len(batch)
-            advance(batch.numel())
+            done = part.stop
+            advance((part.stop - part.start) * self.seqlen)
+
+    def _shrink(self, error: BaseException) -> None:
+        if self.fixed or self.size == 1:
+            hint = "lower --batch-size" if self.size > 1 else "use a smaller --seqlen or another --device"
+            raise FlapError(f"out of memory on {self.device} with batches of {self.size} windows: {hint}") from error
+        self.size //= 2
+        self.progress.note(f"out of memory on {self.device}: going on with batches of {self.size} windows")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _out_of_memory(error: BaseException) -> bool:

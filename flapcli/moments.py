@@ -29,9 +29,16 @@ class Moments:
         rest /= count  # what rounding the mean to float32 left over in the deviations
         return cls(count, mean + rest, m2 - count * rest**2)
 
+    @classmethod
+    def none(cls, channels: int) -> "Moments":
+        """Moments of no tokens yet."""
+        return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+
     def merge(self, other: "Moments") -> None:
         """Take in another set of tokens."""
         total = self.count + other.count
+        if total == 0:
+            return
         delta = other.mean - self.mean
         self.mean = self.mean + delta * (other.count / total)
         self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / total)

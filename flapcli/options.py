@@ -68,6 +68,24 @@ EvalDtype = Annotated[Dtype, typer.Option("--eval-dtype", help="What perplexity 
 Gram = Annotated[
     bool, typer.Option("--gram/--no-gram", help="Keep Gram matrices too (channels squared of each module).")
 ]
+GramDtypeOption = Annotated[
+    Literal["float32", "bfloat16"], typer.Option("--gram-dtype", help="Type of the Gram matrices on disk.")
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--no-stream", help="One decoder layer in memory at a time, or the whole model [default: "
+                 "--stream where the weights exceed the device's free memory]."),
+]  # fmt: skip
+ActivationMemory = Annotated[
+    str, typer.Option(help="Hidden states of all windows stay in memory up to this size, else in files (--stream).")
+]
+DeviceMap = Annotated[
+    Literal["auto", "balanced", "sequential"] | None,
+    typer.Option(help="Spread the model over all GPUs of this machine, by accelerate."),
+]
+RankTimeout = Annotated[
+    float, typer.Option(min=5, help="Under torchrun: seconds without a sign of life after which a rank counts as dead.")
+]
 
 MethodOption = Annotated[
     Method,

@@ -54,7 +54,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         yield scratch
         os.replace(scratch, target)
     except OSError as error:
-        raise _explain(error, target) from error
+        raise explain(error, target) from error
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -71,7 +71,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield scratch
         _swap(scratch, target)
     except OSError as error:
-        raise _explain(error, target) from error
+        raise explain(error, target) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -96,7 +96,7 @@ def _scratch(target: Path, kind: str = "tmp") -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _explain(error, target) from error
+        raise explain(error, target) from error
     for left in target.parent.glob(f".{target.name}.{kind}-*"):
         pid = left.name.rpartition("-")[2]
         if pid == str(os.getpid()) or not (pid.isdigit() and _alive(int(pid))):
@@ -126,7 +126,8 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _explain(error: OSError, target: Path) -> FlapError:
+def explain(error: OSError, target: Path) -> FlapError:
+    """The error of one line for what the file system said of `target`."""
     if error.errno in NO_SPACE:
         return FlapError(f"no space left while writing {target}: free some disk space or use --out elsewhere")
     return FlapError(f"cannot write {target}: {error.strerror or error}")

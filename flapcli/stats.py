@@ -1,10 +1,13 @@
 """The statistics artifact: what calibration measured of every channel (DESIGN 1.3). No torch."""
 
 import json
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flapcli.errors import FlapError
 from flapcli.rundir import atomic_file
-from flapcli.safetensors_io import StreamWriter, TensorSpec, read_header
+from flapcli.safetensors_io import Header, StreamWriter, TensorSpec, read_header, read_into
 from flapcli.shape import MODULES, ModelShape, Module
 
 FORMAT: Literal["flap-stats/1"] = "flap-stats/1"
 Vector = NDArray[np.float32]
+GramDtype = Literal["F32", "BF16"]
+GRAM_STORED = {"F32": "<f4", "BF16": "<u2"}
 
 
 class Calibration(BaseModel):
@@ -32,6 +37,7 @@ class Calibration(BaseModel):
     dtype: str
     text_column: str = "text"
     source_sha256: str | None = None
+    mode: Literal["in-memory", "streamed"] | None = None
 
 
 class StatsHeader(BaseModel):
@@ -71,23 +77,84 @@ class Stats:
 
     def gram(self, layer: int, module: Module) -> NDArray[np.float32]:
         """Mean of x xᵀ, (channels, channels). Raises FlapError where calibration did not keep it."""
-        from safetensors import SafetensorError, safe_open
-
         name = f"layers.{layer}.{module}.gram"
-        try:
-            with safe_open(self.path, framework="np") as file:
-                return file.get_tensor(name)
-        except SafetensorError as error:
-            raise FlapError(f"{self.path} has no Gram matrices: run `flap calibrate --gram`") from error
+        header = self._file_header
+        if self.path is None or header is None or name not in header.tensors:
+            raise FlapError(f"{self.path} has no Gram matrices: run `flap calibrate --gram`")
+        spec = header.tensors[name]
+        stored = np.empty(spec.shape, GRAM_STORED[spec.dtype])
+        if stored.size:
+            read_into(self.path, header.offsets[name], stored.reshape(-1).view(np.uint8).data)
+        return stored if spec.dtype == "F32" else (stored.astype("<u4") << 16).view("<f4")
+
+    @cached_property
+    def _file_header(self) -> Header | None:
+        return read_header(self.path) if self.path else None
 
 
 def expected_tensors(shape: ModelShape) -> Iterable[TensorSpec]:
     """Name and shape of every vector that a stats file of this model holds."""
     for layer in range(shape.num_layers):
-        for module in MODULES:
-            channels = shape.units(layer, module) * shape.channels_per_unit(module)
-            for field in ModuleStats.__dataclass_fields__:
-                yield TensorSpec(f"layers.{layer}.{module}.{field}", (channels,), "F32")
+        yield from _layer_tensors(shape, layer, None)
+
+
+def _layer_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
+    """A layer's vectors, and Gram matrices of that dtype code, in the order they are written."""
+    for module in MODULES:
+        channels = shape.units(layer, module) * shape.channels_per_unit(module)
+        for field in ModuleStats.__dataclass_fields__:
+            yield TensorSpec(f"layers.{layer}.{module}.{field}", (channels,), "F32")
+        if gram and channels:
+            yield TensorSpec(f"layers.{layer}.{module}.gram", (channels, channels), gram)
+
+
+class StatsWriter:
+    """Writes a stats file layer by layer. With `resume`, goes on after the layers that are whole in the file."""
+
+    def __init__(self, path: Path, header: StatsHeader, gram: GramDtype | None, resume: bool = False) -> None:
+        shape = header.model
+        self._layers = [list(_layer_tensors(shape, layer, gram)) for layer in range(shape.num_layers)]
+        self._ends = list(accumulate((len(specs) for specs in self._layers), initial=0))
+        metadata = {"flap": header.model_dump_json()}
+        self._writer = StreamWriter(path, chain.from_iterable(self._layers), metadata, resume)
+
+    @property
+    def layers(self) -> int:
+        """How many layers are whole in the file."""
+        return bisect_right(self._ends, self._writer.written) - 1
+
+    def rewind(self, layers: int) -> None:
+        """Go on after the first `layers` layers, of those that are whole."""
+        self._writer.rewind(self._ends[layers])
+
+    def write(
+        self, layer: int, modules: Mapping[Module, ModuleStats], grams: Mapping[Module, NDArray[np.float32]]
+    ) -> None:
+        """Append a layer and have it on disk. Raises ValueError out of order or where something is missing."""
+        for spec in self._layers[layer]:
+            _, _, module, field = spec.name.split(".")
+            value = grams[module] if field == "gram" else getattr(modules[module], field)  # type: ignore[index]
+            if spec.dtype == "BF16":
+                value = _bfloat16_bits(value)
+            little = value.astype(GRAM_STORED[spec.dtype], order="C", copy=False)
+            self._writer.write(spec.name, little.reshape(-1).view(np.uint8).data)
+        self._writer.sync()
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._writer.__exit__(*exception)
+
+
+def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 rounded to the nearest bfloat16, ties to even, as its bits (numpy knows no bfloat16)."""
+    bits = np.ascontiguousarray(values, "<f4").view("<u4")
+    rounded = np.empty(values.shape, "<u2")
+    for row in range(len(bits)):
+        rounded[row] = (bits[row] + 0x7FFF + ((bits[row] >> 16) & 1)) >> 16
+    return rounded
 
 
 def save_stats(
@@ -95,19 +162,24 @@ def save_stats(
     header: StatsHeader,
     modules: dict[tuple[int, Module], ModuleStats],
     grams: dict[tuple[int, Module], NDArray[np.float32]] | None = None,
+    gram_dtype: GramDtype = "F32",
 ) -> None:
     """Write the artifact atomically. Raises FlapError where the file system refuses."""
-    tensors = {
-        f"layers.{layer}.{module}.{field}": getattr(stats, field)
-        for (layer, module), stats in modules.items()
-        for field in ModuleStats.__dataclass_fields__
-    }
-    tensors |= {f"layers.{layer}.{module}.gram": gram for (layer, module), gram in (grams or {}).items()}
-    specs = [TensorSpec(name, value.shape, "F32") for name, value in tensors.items()]
-    metadata = {"flap": header.model_dump_json()}
-    with atomic_file(path) as scratch, StreamWriter(scratch, specs, metadata) as writer:
-        for name, value in tensors.items():
-            writer.write(name, np.ascontiguousarray(value, dtype="<f4").data.cast("B"))
+    gram = None if grams is None else gram_dtype
+    with atomic_file(path) as scratch, StatsWriter(scratch, header, gram) as writer:
+        for layer in range(header.model.num_layers):
+            own = {module: modules[layer, module] for module in MODULES}
+            writer.write(layer, own, {m: grams[layer, m] for m in MODULES if (layer, m) in grams} if grams else {})
+
+
+def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
+    """Bytes of a layer's Gram matrices."""
+    return sum(spec.nbytes for spec in _layer_tensors(shape, layer, gram) if spec.name.endswith(".gram"))
+
+
+def file_bytes(shape: ModelShape, gram: GramDtype | None) -> int:
+    """Bytes of all tensors of a stats file of this model."""
+    return sum(spec.nbytes for layer in range(shape.num_layers) for spec in _layer_tensors(shape, layer, gram))
 
 
 def load_header(path: Path) -> StatsHeader:
@@ -140,11 +212,6 @@ def load_stats(path: Path) -> Stats:
         for module in MODULES
     }
     return Stats(header, modules, path)
-
-
-def has_gram(path: Path) -> bool:
-    """Whether the file holds Gram matrices."""
-    return any(name.endswith(".gram") for name in read_header(path).tensors)
 
 
 def _header_and_specs(path: Path) -> tuple[StatsHeader, dict[str, TensorSpec]]:

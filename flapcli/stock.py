@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.checkpoint.safetensors import first_line
+from flapcli.checkpoint.folder import first_line
 from flapcli.families import Size
 from flapcli.safetensors_io import TensorSpec
 from flapcli.shape import MODULES, LayerShape, Module

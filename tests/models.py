@@ -1,5 +1,6 @@
 """Models that tests and benchmarks run on: tiny random ones of every family, and SmolLM2 with K and V repeated."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ CONFIGS = {
 def make_tiny(folder: Path, kind: str, seed: int = 0, shard: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:
     """A random model of CONFIGS[kind] in `folder`, with weights so large that every unit matters, and a tokenizer."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))  # saving writes into a config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1) + ("norm" in name))

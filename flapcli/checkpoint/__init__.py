@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flapcli.checkpoint.base import Checkpoint
+from flapcli.checkpoint.bin import BinCheckpoint, has_only_bin
 from flapcli.checkpoint.gguf import GgufCheckpoint
 from flapcli.checkpoint.safetensors import SafetensorsCheckpoint
 from flapcli.checkpoint.source import DEMO, Hub, locate
@@ -18,5 +19,6 @@ def open_checkpoint(name: str, hub: Hub | None = None) -> Checkpoint:
     hub = hub or Hub()
     found = locate(name, hub)
     stored = str(found.resolve()) if Path(name).exists() else name
-    kind = GgufCheckpoint if found.is_file() else SafetensorsCheckpoint
-    return kind(stored, found, hub)
+    if found.is_file():
+        return GgufCheckpoint(stored, found, hub)
+    return (BinCheckpoint if has_only_bin(found) else SafetensorsCheckpoint)(stored, found, hub)

@@ -87,7 +87,14 @@ class Checkpoint(ABC):
         """The tensors that count: without a tied head's copy and without what no runtime reads."""
         tied = f"{self.family.head}.weight" if self.config.get("tie_word_embeddings") else None
         dropped = tuple(f".{suffix}" for suffix in self.family.dropped)
-        return {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped)}
+        counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped)}
+        for name, spec in counted.items():
+            if spec.dtype.startswith("F8"):
+                raise FlapError(
+                    f"{self.name}: tensor {name} is float8 ({spec.dtype}), which flap does not prune: give the "
+                    "checkpoint in bfloat16, float16 or float32 (dequantise it first)"
+                )
+        return counted
 
     @cached_property
     def shape(self) -> ModelShape:

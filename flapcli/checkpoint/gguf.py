@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flapcli.checkpoint.base import Checkpoint
+from flapcli.checkpoint.folder import first_line
 from flapcli.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from flapcli.checkpoint.safetensors import first_line
 from flapcli.errors import FlapError
 from flapcli.families import Family, family_of_gguf
 from flapcli.safetensors_io import TensorSpec

@@ -69,12 +69,14 @@ def download(repo: str, hub: Hub) -> Path:
     )
     from huggingface_hub.utils import disable_progress_bars
 
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, allow_patterns=patterns))
+
     if not os.isatty(2):
         disable_progress_bars()
     try:
-        return Path(
-            snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, allow_patterns=CHECKPOINT_FILES)
-        )
+        folder = fetch(CHECKPOINT_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch([*CHECKPOINT_FILES, "pytorch_model*.bin"])
     except HFValidationError as error:
         raise FlapError(f"no such model: {repo} is no local path and no valid hub id") from error
     except GatedRepoError as error:

@@ -12,7 +12,7 @@ from flapcli.errors import FlapError, UsageError
 from flapcli.plan import Plan, load_plan, pruned_layers
 from flapcli.progress import Progress
 from flapcli.rundir import atomic_folder, sha256
-from flapcli.stats import Stats, has_gram, load_header, load_stats
+from flapcli.stats import Stats, load_header, load_stats
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_apply(
     if found and not force and _same_apply(found["flap"].get("made_by", {}), made_by):
         return found, True
     stats = _stats_of(plan, plan_path, stats_path) if compensate != "none" else None
-    if stats and compensate == "lstsq" and not has_gram(stats_path):
+    if stats and compensate == "lstsq" and not stats.header.settings.get("gram"):
         raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
     made_by["license"] = checkpoint.license
     made_by["dataset"] = stats.header.calibration.dataset if stats else _dataset_of(stats_path)

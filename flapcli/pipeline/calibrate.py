@@ -1,29 +1,19 @@
 """`flap calibrate`: statistics of a model, or those that are there already."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.corpus import check_source, source_sha256
 from flapcli.errors import FlapError, UsageError
-from flapcli.pipeline.common import Compute, versions
+from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, several_processes
 from flapcli.progress import Progress
 from flapcli.safetensors_io import read_header
-from flapcli.stats import Calibration, StatsHeader, has_gram, load_header, save_stats
+from flapcli.stats import StatsHeader, load_header
 
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """What decides the statistics; recorded and compared by the cache."""
-
-    dataset: str
-    nsamples: int = 1024
-    seqlen: int = 128
-    seed: int = 0
-    dtype: str = "auto"
-    gram: bool = False
-    text_column: str = "text"
+if TYPE_CHECKING:
+    from flapcli.ranks import Ranks
 
 
 def run_calibrate(
@@ -34,44 +24,47 @@ def run_calibrate(
     compute: Compute,
     force: bool,
     progress: Progress,
+    scale: Scale | None = None,
 ) -> tuple[StatsHeader, bool]:
-    """Stage 1: the statistics of MODEL in `out`."""
+    """Stage 1: the statistics of MODEL in `out`, which rank 0 writes where torchrun started several."""
+    scale = scale or Scale()
     check_source(options.dataset, "--dataset")
     if min(options.nsamples, options.seqlen - 1) < 1:
         raise UsageError("--nsamples must be at least 1 and --seqlen at least 2")
+    if scale.stream and scale.device_map:
+        raise UsageError("--stream uses one device: leave out --device-map")
+    if not several_processes():
+        return _calibrate(out, model, hub, options, compute, force, progress, scale, None)
+    from flapcli.ranks import Ranks
+
+    with Ranks.from_environment(scale.rank_timeout) as ranks:
+        return _calibrate(out, model, hub, options, compute, force, progress, scale, ranks)
+
+
+def _calibrate(
+    out: Path,
+    model: str,
+    hub: Hub,
+    options: CalibrateOptions,
+    compute: Compute,
+    force: bool,
+    progress: Progress,
+    scale: Scale,
+    ranks: "Ranks | None",
+) -> tuple[StatsHeader, bool]:
     checkpoint = open_checkpoint(model, hub)
     asked = asdict(options)
     text = source_sha256(options.dataset)
     found = _existing_stats(out)
-    if found and not force and _same_calibration(found, out, checkpoint, asked, text):
-        return found, True
-    from flapcli.calibrate import measure
-    from flapcli.corpus import calibration_windows
-    from flapcli.device import dtype_name, pick_device, pick_dtype
-    from flapcli.loading import quiet_transformers
+    current = found if found and not force and _same_calibration(found, checkpoint, asked, text) else None
+    if ranks:  # all do as rank 0, whose file it is
+        answer = ranks.agree(current and current.model_dump(mode="json"))[0]
+        current = answer and StatsHeader.model_validate(answer)
+    if current:
+        return current, True
+    from flapcli.pipeline.measuring import write_stats
 
-    quiet_transformers()
-    device = pick_device(compute.device)
-    dtype = pick_dtype(options.dtype, device)
-    shape = checkpoint.shape
-    windows = calibration_windows(
-        options.dataset,
-        checkpoint.load_tokenizer(),
-        options.nsamples,
-        options.seqlen,
-        options.seed,
-        options.text_column,
-    )
-    measured = measure(checkpoint, windows, device, dtype, compute.batch_size, options.gram, progress)
-    calibration = Calibration(
-        **{key: value for key, value in asked.items() if key not in ("dtype", "gram")},
-        tokens=int(windows.size),
-        dtype=dtype_name(dtype),
-        source_sha256=text,
-    )
-    header = StatsHeader(model=shape, calibration=calibration, settings=asked, versions=versions())
-    save_stats(out, header, measured.modules, measured.grams)
-    return header, False
+    return write_stats(out, checkpoint, options, text, compute, force, progress, scale, ranks), False
 
 
 def _existing_stats(out: Path) -> StatsHeader | None:
@@ -90,14 +83,12 @@ def _existing_stats(out: Path) -> StatsHeader | None:
         return None
 
 
-def _same_calibration(
-    found: StatsHeader, out: Path, checkpoint: Checkpoint, asked: dict[str, Any], text: str | None
-) -> bool:
+def _same_calibration(found: StatsHeader, checkpoint: Checkpoint, asked: dict[str, Any], text: str | None) -> bool:
     """Whether stats answer what is asked; a resolved dtype and Gram matrices on top are as good."""
-    recorded = dict(found.settings)
+    recorded = {"gram_dtype": "float32"} | found.settings
     if asked["dtype"] == found.calibration.dtype:
         recorded["dtype"] = asked["dtype"]
-    if not asked["gram"] or has_gram(out):
-        recorded["gram"] = asked["gram"]
+    if not asked["gram"]:
+        recorded |= {"gram": False, "gram_dtype": asked["gram_dtype"]}
     same_model = found.model.fingerprint == checkpoint.fingerprint and found.model.name == checkpoint.name
     return same_model and recorded == asked and found.calibration.source_sha256 == text

@@ -1,5 +1,6 @@
 """What several stages share: where they run, default texts, versions."""
 
+import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,30 @@ class Compute:
     batch_size: int | None = None
 
 
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What decides the statistics; recorded and compared by the cache."""
+
+    dataset: str
+    nsamples: int = 1024
+    seqlen: int = 128
+    seed: int = 0
+    dtype: str = "auto"
+    gram: bool = False
+    text_column: str = "text"
+    gram_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a calibration copes with size; changes no result beyond rounding. None as `stream`: where it must."""
+
+    stream: bool | None = None
+    activation_memory: str = "8GB"
+    device_map: str | None = None
+    rank_timeout: float = 60.0
+
+
 def default_text(model: str) -> str:
     """The text of `--dataset` and `--perplexity` where none is given: pydoc for the demo, else wikitext2."""
     return "pydoc" if model == DEMO else "wikitext2"
@@ -30,3 +55,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def several_processes() -> bool:
+    """Whether torchrun (or a like launcher) started this process as one of several."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def is_writer() -> bool:
+    """Whether this process writes artifacts and reports: the only one, or rank 0."""
+    return not several_processes() or os.environ["RANK"] == "0"

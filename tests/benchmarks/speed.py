@@ -81,18 +81,18 @@ def hooks_over_bare_forward(batches: int = 24) -> None:
     """Alternate batches with and without the recorder, on the same decoder and tokens."""
     import torch
 
-    from flapcli.calibrate import Recorder
     from flapcli.checkpoint import open_checkpoint
     from flapcli.corpus import calibration_windows
     from flapcli.device import pick_dtype
     from flapcli.loading import load_model
+    from flapcli.recording import Recorder
 
     cpu = torch.device("cpu")
     source = open_checkpoint("demo")
     windows = torch.from_numpy(calibration_windows("pydoc", source.load_tokenizer(), 8 * batches, 128, 0))
     dtype = pick_dtype("auto", cpu)
     bare, hooked = (load_model(source, dtype, cpu) for _ in range(2))
-    recorder = Recorder(source, hooked, gram=False)
+    recorder = Recorder(source, hooked, gram=False, device=cpu)
     times: dict[str, list[float]] = {"bare": [], "hooked": []}
     with torch.inference_mode():
         for batch in windows.view(batches, 8, 128):

@@ -1,0 +1,164 @@
+"""The part of `flap calibrate` that computes: where, in which of the two ways, and from which checkpoint on."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flapcli.calibrate import measure
+from flapcli.checkpoint import Checkpoint
+from flapcli.checkpoint.write import parse_size
+from flapcli.corpus import calibration_windows
+from flapcli.device import dtype_name, pick_device, pick_dtype
+from flapcli.loading import quiet_transformers
+from flapcli.memory import should_stream
+from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
+from flapcli.progress import Progress, Silent
+from flapcli.ranks import Ranks
+from flapcli.recording import NotFiniteError
+from flapcli.resume import Resume, discard_all, key_of
+from flapcli.rundir import explain, require_space
+from flapcli.stats import Calibration, GramDtype, StatsHeader, StatsWriter, file_bytes, gram_bytes, save_stats
+from flapcli.streamed import stream
+
+GRAM_CODES: dict[str, GramDtype] = {"float32": "F32", "bfloat16": "BF16"}
+
+
+def write_stats(
+    out: Path,
+    checkpoint: Checkpoint,
+    options: CalibrateOptions,
+    text: str | None,
+    compute: Compute,
+    force: bool,
+    progress: Progress,
+    scale: Scale,
+    ranks: Ranks | None,
+) -> StatsHeader:
+    """Measure and write `out`, going on where a killed run of the same stopped; `force` begins anew."""
+    quiet_transformers()
+    ranks = ranks or Ranks(0, 1, 0)
+    progress = Silent() if ranks.rank else progress
+    device = _device(compute.device, ranks)
+    dtype = pick_dtype(options.dtype, device)
+    windows = calibration_windows(
+        options.dataset,
+        checkpoint.load_tokenizer(),
+        options.nsamples,
+        options.seqlen,
+        options.seed,
+        options.text_column,
+    )
+    streamed = not scale.device_map and any(
+        ranks.agree(should_stream(checkpoint, dtype, device, options.gram, scale.stream, progress))
+    )
+    header = _header(checkpoint, options, windows, dtype, text, streamed)
+    facts = {"header": header.model_dump(mode="json"), "device": device.type, "rank": [ranks.rank, ranks.size]}
+    with Resume(out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size) as resume:
+        if force:
+            resume.discard()
+        job = _Job(out, checkpoint, header, windows[ranks.share(len(windows))], device, dtype, compute.batch_size,
+                   options, scale, progress, resume, ranks)  # fmt: skip
+        try:
+            job.check_space()
+            job.streamed() if streamed else job.in_memory()
+        except NotFiniteError:
+            resume.discard()
+            raise
+        except OSError as error:
+            raise explain(error, resume.folder) from error
+    if ranks.rank == 0:
+        discard_all(out)
+    return header
+
+
+def _header(
+    checkpoint: Checkpoint,
+    options: CalibrateOptions,
+    windows: NDArray[np.int64],
+    dtype: torch.dtype,
+    text: str | None,
+    streamed: bool,
+) -> StatsHeader:
+    asked = asdict(options)
+    calibration = Calibration(
+        **{key: value for key, value in asked.items() if key not in ("dtype", "gram", "gram_dtype")},
+        tokens=int(windows.size),
+        dtype=dtype_name(dtype),
+        source_sha256=text,
+        mode="streamed" if streamed else "in-memory",
+    )
+    return StatsHeader(model=checkpoint.shape, calibration=calibration, settings=asked, versions=versions())
+
+
+def _device(name: str, ranks: Ranks) -> torch.device:
+    """The device of `--device`; of several processes on one machine each takes its own GPU."""
+    device = pick_device(name)
+    if ranks.size > 1 and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
+
+
+class _Job:
+    """One calibration, decided in all its options; `windows` are this rank's."""
+
+    def __init__(
+        self,
+        out: Path,
+        checkpoint: Checkpoint,
+        header: StatsHeader,
+        windows: NDArray[np.int64],
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int | None,
+        options: CalibrateOptions,
+        scale: Scale,
+        progress: Progress,
+        resume: Resume,
+        ranks: Ranks,
+    ) -> None:
+        self.out, self.checkpoint, self.header, self.windows = out, checkpoint, header, windows
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.scale, self.progress, self.resume, self.ranks = scale, progress, resume, ranks
+        self.gram = GRAM_CODES[options.gram_dtype] if options.gram else None
+
+    def check_space(self) -> None:
+        """Say how large Gram matrices are. Raises FlapError where the disk is too full for what will be written."""
+        shape = self.checkpoint.shape
+        needed = file_bytes(shape, self.gram) if self.ranks.rank == 0 else 0
+        if self.gram:
+            layers = [gram_bytes(shape, layer, self.gram) for layer in range(shape.num_layers)]
+            self.progress.note(
+                f"Gram matrices take {sum(layers) / 1e9:.2f} GB on disk ({max(layers) / 1e9:.3f} GB a layer, "
+                f"{ {'F32': 'float32', 'BF16': 'bfloat16'}[self.gram] })"
+            )
+        if self.header.calibration.mode == "streamed":  # a layer's input and output
+            needed += 2 * self.windows.size * shape.hidden_size * self.dtype.itemsize
+        elif self.gram:  # the sums so far
+            needed += file_bytes(shape, "F32")
+        require_space(self.out.parent, needed)
+
+    def in_memory(self) -> None:
+        measured = measure(
+            self.checkpoint, self.windows, self.device, self.dtype, self.batch_size, self.gram is not None,
+            self.progress, self.resume, self.ranks, self.scale.device_map,
+        )  # fmt: skip
+        if self.ranks.rank == 0:
+            save_stats(self.out, self.header, measured.modules, measured.grams, self.gram or "F32")
+
+    def streamed(self) -> None:
+        limit = parse_size(self.scale.activation_memory, "--activation-memory")
+        growing = self.resume.ready() / "stats.safetensors"
+        writer = StatsWriter(growing, self.header, self.gram, resume=True) if self.ranks.rank == 0 else None
+        stream(
+            self.checkpoint, self.windows, self.device, self.dtype, self.batch_size, self.gram is not None,
+            self.progress, self.resume, writer, self.ranks, limit,
+        )  # fmt: skip
+        if writer:
+            with writer:  # checks that all is there
+                pass
+            os.replace(growing, self.out)

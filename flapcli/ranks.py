@@ -1,0 +1,217 @@
+"""Several processes that share one calibration, started by torchrun or with the same environment variables.
+
+Windows are spread over ranks, sums come back to rank 0 in rank order. Every rank shows the others that it
+lives by counting up in torch's store; one that stops for too long is named, so that nobody waits for it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from flapcli.errors import FlapError
+from flapcli.moments import Moments
+
+BEAT, GRACE = 0.5, 3.0  # seconds between signs of life; without one for so long while things fail: dead
+LOST = (RuntimeError, OSError)  # what torch raises where a peer or the store is gone
+
+
+class RankError(FlapError):
+    """Another rank died, failed or never came."""
+
+
+class Ranks:
+    """This process among `size`; `rank` 0 writes. A context: raises RankError as soon as another rank is lost."""
+
+    def __init__(self, rank: int, size: int, limit: float) -> None:
+        self.rank, self.size, self.limit = rank, size, limit
+        self._store: Any = None
+        self._round = 0
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._next_check = 0.0
+        self._stop = threading.Event()
+        self._beats = threading.Thread(target=self._beat, daemon=True)
+
+    @classmethod
+    def from_environment(cls, limit: float) -> "Ranks":
+        """As torchrun says it in RANK and WORLD_SIZE; alone where it does not."""
+        told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        if None in told.values():
+            return cls(0, 1, limit)
+        return cls(int(told["RANK"] or 0), int(told["WORLD_SIZE"] or 1), limit)
+
+    def share(self, count: int) -> slice:
+        """Which of `count` windows are this rank's: even parts in rank order, the first ones larger by one."""
+        even, rest = divmod(count, self.size)
+        start = self.rank * even + min(self.rank, rest)
+        return slice(start, start + even + (self.rank < rest))
+
+    def __enter__(self) -> Self:
+        if self.size > 1:
+            self._join()
+        return self
+
+    def _join(self) -> None:
+        from torch.distributed.rendezvous import rendezvous
+
+        timeout = timedelta(seconds=self.limit)
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            self._store = dist.PrefixStore("flap", store)
+            self._store.set(f"host/{self.rank}", socket.gethostname())
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        except LOST as error:
+            raise RankError(f"{self._me()}: {self._absent()} did not come within {self.limit:.0f} s") from error
+        self._beats.start()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminated)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.size == 1:
+            return
+        with contextlib.suppress(*LOST):
+            if error is None:
+                self._leave()
+            elif not isinstance(error, RankError):
+                self._store.set(f"failed/{self.rank}", str(error) or type(error).__name__)
+                self._store.set("failed", b"1")
+                time.sleep(2 * BEAT)  # rank 0 may hold the store: let the others read the reason
+        self._stop.set()
+        if error is None:
+            dist.destroy_process_group()
+
+    def _leave(self) -> None:
+        """End together; rank 0, which may hold the store, goes last."""
+        self.agree(None)
+        self._store.set(f"left/{self.rank}", b"1")
+        end = time.monotonic() + 2 * GRACE
+        while self.rank == 0 and time.monotonic() < end:
+            if self._store.check([f"left/{rank}" for rank in range(self.size)]):
+                return
+            time.sleep(0.01)
+
+    def agree(self, value: Any) -> list[Any]:
+        """Every rank's value (JSON), in rank order; also a barrier."""
+        if self.size == 1:
+            return [value]
+        self._round += 1
+        keys = [f"agree/{self._round}/{rank}" for rank in range(self.size)]
+        try:
+            self._store.set(keys[self.rank], json.dumps(value))
+            while not self._store.check(keys):
+                self.check()
+                time.sleep(0.002)
+            return [json.loads(self._store.get(key)) for key in keys]
+        except LOST as error:
+            raise self._lost(error) from error
+
+    def merged(self, moments: Moments) -> Moments:
+        """On rank 0 the moments of all ranks, merged in rank order; elsewhere meaningless."""
+        if self.size == 1:
+            return moments
+        channels = len(moments.mean)
+        packed = torch.cat([torch.tensor([moments.count], dtype=torch.float64), moments.mean, moments.m2])
+        parts = [torch.empty_like(packed) for _ in range(self.size)] if self.rank == 0 else None
+        self._wait(lambda: dist.gather(packed, parts, dst=0, async_op=True))
+        total = Moments.none(channels)
+        for part in parts or []:
+            total.merge(Moments(int(part[0]), part[1 : 1 + channels], part[1 + channels :]))
+        return total
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On rank 0 the sum over ranks, in place; elsewhere meaningless."""
+        if self.size > 1:
+            self._wait(lambda: dist.reduce(tensor, dst=0, async_op=True))
+        return tensor
+
+    def _wait(self, start: Any) -> None:
+        try:
+            work = start()
+            while not work.is_completed():
+                self.check()
+                time.sleep(0.0005)
+            work.wait()
+        except LOST as error:
+            raise self._lost(error) from error
+
+    def check(self) -> None:
+        """Raise RankError where another rank failed or has given no sign of life for the time limit."""
+        if self.size == 1 or time.monotonic() < self._next_check:
+            return
+        self._next_check = time.monotonic() + BEAT
+        try:
+            if self._store.check(["failed"]):
+                raise RankError(self._blame())
+            silent = self._silent(self.limit)
+        except LOST as error:
+            raise self._lost(error) from error
+        if silent:
+            raise RankError(f"{self._names(silent)} gave no sign of life for {self.limit:.0f} s: {self._next_step()}")
+
+    def _silent(self, limit: float) -> list[int]:
+        """Ranks whose count stood still for `limit` seconds of our watching."""
+        now = time.monotonic()
+        for rank in range(self.size):
+            beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
+            if rank not in self._seen or self._seen[rank][0] != beat:
+                self._seen[rank] = (beat, now)
+        return [rank for rank, (_, since) in self._seen.items() if now - since > limit and rank != self.rank]
+
+    def _beat(self) -> None:
+        count = 0
+        with contextlib.suppress(*LOST):
+            while not self._stop.wait(BEAT):
+                count += 1
+                self._store.set(f"beat/{self.rank}", str(count))
+
+    def _terminated(self, _signal: int, _frame: FrameType | None) -> None:
+        """torchrun ends all ranks when one dies: say which."""
+        raise RankError(self._blame())
+
+    def _lost(self, error: BaseException) -> RankError:
+        return error if isinstance(error, RankError) else RankError(self._blame())
+
+    def _blame(self) -> str:
+        """Who failed and why, else who is silent; watches for a few seconds to tell the dead from the living."""
+        try:
+            end = time.monotonic() + 2 * GRACE
+            self._seen.clear()
+            while time.monotonic() < end:
+                failed = [r for r in range(self.size) if self._store.check([f"failed/{r}"]) and r != self.rank]
+                if failed:
+                    reason = self._store.get(f"failed/{failed[0]}").decode()
+                    return f"{self._names(failed[:1])} failed: {reason}"
+                if silent := self._silent(GRACE):
+                    return f"{self._names(silent)} died: {self._next_step()}"
+                time.sleep(BEAT / 2)
+        except LOST:
+            return f"rank 0 of {self.size}, or the machine that brought the ranks together, died: {self._next_step()}"
+        return f"{self._me()} was told to stop, or lost its connection: {self._next_step()}"
+
+    def _absent(self) -> str:
+        """Ranks that never said where they are."""
+        try:
+            here = [rank for rank in range(self.size) if self._store.check([f"host/{rank}"])]
+        except (AttributeError, *LOST):
+            return f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return ", ".join(f"rank {rank}" for rank in range(self.size) if rank not in here) or "some rank"
+
+    def _names(self, ranks: list[int]) -> str:
+        hosts = [self._store.get(f"host/{rank}").decode() for rank in ranks]
+        return ", ".join(f"rank {rank} ({host})" for rank, host in zip(ranks, hosts, strict=True))
+
+    def _me(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+    def _next_step(self) -> str:
+        return "look at its own messages, and run the same again to go on from the last checkpoint"

@@ -1,0 +1,137 @@
+"""What both ways of calibrating share: hooks that gather moments, and the statistics made of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flapcli.checkpoint.base import Checkpoint
+from flapcli.errors import FlapError
+from flapcli.moments import Moments, batch_sums
+from flapcli.ranks import Ranks
+from flapcli.shape import MODULES, Module
+from flapcli.stats import ModuleStats
+
+ROWS = 512
+Key = tuple[int, Module]
+
+
+class NotFiniteError(FlapError):
+    """Activations that are NaN or infinite: trying again gives the same."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Of an output projection's weight columns: sum of squares and mean of magnitudes, float32 (channels,)."""
+
+    square_sum: NDArray[np.float32]
+    abs_mean: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "Norms":
+        """From the weight (out, channels) as stored; sums in float64, some rows at a time."""
+        squares = torch.zeros(weight.shape[1], dtype=torch.float64)
+        magnitudes = torch.zeros_like(squares)
+        for rows in weight.split(ROWS):
+            part = rows.float()
+            squares += part.square().sum(0, dtype=torch.float64)
+            magnitudes += part.abs().sum(0, dtype=torch.float64)
+        return cls(squares.float().numpy(), (magnitudes / len(weight)).float().numpy())
+
+
+class Recorder:
+    """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums).
+
+    A batch counts only once `commit` is called, so one that failed half-way leaves no trace.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, gram: bool, device: torch.device) -> None:
+        self.gram, self.device = gram, device
+        self.moments: dict[Key, Moments] = {}
+        self.grams: dict[Key, torch.Tensor] = {}
+        self._batch: dict[Key, torch.Tensor] = {}
+        self._products: dict[Key, torch.Tensor] = {}
+        self._tokens = 0
+        shape = checkpoint.shape
+        for layer in range(shape.num_layers):
+            for module in MODULES:
+                key = (layer, module)
+                channels = shape.units(layer, module) * shape.channels_per_unit(module)
+                self.moments[key] = Moments.none(channels)
+                if channels:
+                    projection = model.get_submodule(checkpoint.family.output(layer, module))
+                    projection.register_forward_pre_hook(self._hook(key))
+
+    def _hook(self, key: Key) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def record(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            self._batch[key] = batch_sums(x)
+            self._tokens = len(x)
+            if self.gram:
+                x32 = x.float()
+                self._products[key] = x32.T @ x32
+
+        return record
+
+    def commit(self) -> None:
+        """Take in the last batch. Raises NotFiniteError naming the first layer with such activations.
+
+        What all modules share is done for their channels side by side: small operations for each would cost
+        more than the sums.
+        """
+        if not self._batch:
+            return
+        keys = list(self._batch)
+        sums = torch.cat([self._batch[key].cpu() for key in keys], dim=1)
+        if not torch.isfinite(sums).all():
+            layer, module = next(key for key in keys if not torch.isfinite(self._batch[key]).all())
+            raise NotFiniteError(
+                f"activations of layer {layer}, {module} are NaN or infinite: try --dtype float32 or bfloat16, "
+                "and check that the checkpoint's weights are finite"
+            )
+        parts = Moments.from_sums(self._tokens, sums).split([self._batch[key].shape[1] for key in keys])
+        for key, part in zip(keys, parts, strict=True):
+            self.moments[key].merge(part)
+        for key, product in self._products.items():
+            self.grams[key] = self.grams[key].add_(product) if key in self.grams else product
+        self.abandon()
+
+    def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
+        """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
+        moments = self.moments.pop(key)
+        if not self.gram or not len(moments.mean):
+            return moments, None
+        total = self.grams.pop(key, None)
+        return moments, torch.zeros(2 * moments.mean.shape, device=self.device) if total is None else total
+
+    def abandon(self) -> None:
+        """Forget a batch that failed half-way."""
+        self._batch.clear()
+        self._products.clear()
+
+
+def module_stats(moments: Moments, norms: Norms | None) -> ModuleStats:
+    """Moments as float32 vectors, the norms of the output projection's columns beside them."""
+    if norms is None:
+        return ModuleStats(*(np.zeros(0, np.float32) for _ in range(5)))
+    return ModuleStats(
+        mean=moments.mean.float().numpy(),
+        variance=moments.variance.float().numpy(),
+        square_mean=moments.square_mean.float().numpy(),
+        weight_square_sum=norms.square_sum,
+        weight_abs_mean=norms.abs_mean,
+    )
+
+
+def complete(
+    recorder: Recorder, key: Key, norms: Norms | None, ranks: Ranks
+) -> tuple[ModuleStats, NDArray[np.float32] | None]:
+    """A module's statistics over all ranks, and its Gram matrix where one is kept; of use on rank 0 alone."""
+    mine, total = recorder.take(key)
+    moments = ranks.merged(mine)
+    gram = None
+    if total is not None:
+        gram = ranks.summed(total).div_(max(moments.count, 1)).cpu().numpy()
+    return module_stats(moments, norms), gram
