@@ -5,10 +5,9 @@ from typing import Any
 
 import yaml
 
+from flapcli.checkpoint.source import DEMO, DEMO_HUB_ID
 from flapcli.evaluate.report import EvalReport
 from flapcli.plan import Plan
-
-DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def model_card(config: dict[str, Any], plan: Plan, report: EvalReport | None) -> str:
@@ -40,7 +39,7 @@ def _metadata(made_by: dict[str, Any]) -> dict[str, Any]:
 
 def _hub_id(name: str) -> str | None:
     """The name as a hub id; None for a path on somebody's machine."""
-    if name == "demo":
+    if name == DEMO:
         return DEMO_HUB_ID
     return None if Path(name).is_absolute() else name
 
