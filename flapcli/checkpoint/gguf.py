@@ -1,15 +1,20 @@
 """A GGUF file of llama.cpp as a checkpoint: tensors under transformers' names, dequantised one by one."""
 
 import hashlib
+import io
 import struct
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.checkpoint.safetensors import first_line
 from flapcli.errors import FlapError
 from flapcli.families import Family
+from flapcli.rope import llama3_parameters, rope_of
 from flapcli.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
 
 SCALAR_SIZE = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufCheckpoint(Checkpoint):
@@ -40,9 +46,26 @@ class GgufCheckpoint(Checkpoint):
 
         _header(self.path)  # says what is wrong with a broken file before others stumble over it
         try:
-            return AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise FlapError(f"{self.path}: transformers can't read this GGUF file: {first_line(error)}") from error
+        if self._rope_factors is not None:
+            config.rope_parameters = self._rope_parameters(rope_of(config.to_dict()), self._rope_factors)
+        return config
+
+    @cached_property
+    def _rope_factors(self) -> NDArray[np.float32] | None:
+        """Divisors of the rotary frequencies, (head_dim / 2,), where the file has them."""
+        found = [t for t in self.reader.tensors if t.name == ROPE_FACTORS]
+        return np.asarray(found[0].data, dtype=np.float32).ravel() if found else None
+
+    def _rope_parameters(self, rope: dict[str, Any], factors: NDArray[np.float32]) -> dict[str, Any]:
+        """What transformers needs to compute the file's factors, which it does not read itself."""
+        parameters = llama3_parameters(factors, rope["rope_theta"])
+        if parameters is None:
+            raise FlapError(f"{self.path}: its {ROPE_FACTORS} is not Llama-3's scaling with Meta's parameters, the "
+                            "only one that flap can tell from the factors: use the model's folder")  # fmt: skip
+        return parameters
 
     def load_config(self) -> "PreTrainedConfig":
         return self._config
@@ -58,11 +81,13 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _by_name(self) -> dict[str, "ReaderTensor"]:
-        names = _transformers_names(self.family, self.family.read_sizes(self.config)["num_layers"])
-        unknown = [t.name for t in self.reader.tensors if t.name not in names]
+        layers = self.family.read_sizes(self.config)["num_layers"]
+        names = transformers_names(self.family, layers, self.family.gguf.architecture)
+        tensors = [t for t in self.reader.tensors if t.name != ROPE_FACTORS]
+        unknown = [t.name for t in tensors if t.name not in names]
         if unknown:
             raise FlapError(f"{self.path}: tensor {unknown[0]} has no place in family {self.family.name}")
-        return {names[t.name]: t for t in self.reader.tensors}
+        return {names[t.name]: t for t in tensors}
 
     @cached_property
     def stored(self) -> dict[str, TensorSpec]:
@@ -111,11 +136,11 @@ def _unpermute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _transformers_names(family: Family, num_layers: int) -> dict[str, str]:
-    """llama.cpp's tensor names to transformers', for all that the family's description names."""
+def transformers_names(family: Family, num_layers: int, architecture: str) -> dict[str, str]:
+    """llama.cpp's tensor names in `architecture` to transformers', for all that the family's description names."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.gguf.architecture)
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     table = get_tensor_name_map(arch, num_layers)
     parts = [*family.uncut]
     for module in (family.attention, family.mlp):
@@ -156,6 +181,23 @@ def _header(path: Path) -> bytes:
     if len(header) < end:
         raise FlapError(f"{path} is truncated: it ends inside its GGUF header")
     return header
+
+
+def metadata_string(path: Path, key: str) -> str | None:
+    """One text of a GGUF's metadata, None where it has no such text. Raises FlapError as `_header` does."""
+    header = io.BytesIO(_header(path))
+    _, _, _, pairs = struct.unpack("<4sIQQ", header.read(24))
+    for _ in range(pairs):
+        name, kind = _read_string(header), struct.unpack("<I", header.read(4))[0]
+        if name == key:
+            return _read_string(header) if kind == STRING else None
+        _skip_value(header, kind)
+    return None
+
+
+def _read_string(file: BinaryIO) -> str:
+    (length,) = struct.unpack("<Q", file.read(8))
+    return file.read(length).decode("utf-8", errors="replace")
 
 
 def _skip_string(file: BinaryIO) -> None:
