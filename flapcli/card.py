@@ -7,6 +7,7 @@ import yaml
 
 from flapcli.checkpoint.source import DEMO, DEMO_HUB_ID
 from flapcli.evaluate.report import EvalReport
+from flapcli.families import Family, GgufExport, families
 from flapcli.plan import Plan
 
 
@@ -21,7 +22,7 @@ def model_card(config: dict[str, Any], plan: Plan, report: EvalReport | None) ->
         _summary(plan, made_by),
         _table(plan, flap, made_by),
         _figures(report) if report else "",
-        _loading("modules" in flap, config["model_type"], made_by),
+        _loading("modules" in flap, families()[config["model_type"]]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -91,7 +92,7 @@ def _figures(report: EvalReport) -> str:
     return "\n".join(lines)
 
 
-def _loading(remote_code: bool, model_type: str, made_by: dict[str, Any]) -> str:
+def _loading(remote_code: bool, family: Family) -> str:
     option = ", trust_remote_code=True" if remote_code else ""
     why = (
         "`modeling_flap.py` in this folder gives each layer its own sizes; flap itself is not needed."
@@ -100,7 +101,7 @@ def _loading(remote_code: bool, model_type: str, made_by: dict[str, Any]) -> str
     )
     llama_cpp = (
         "\n\nFor llama.cpp, Ollama and LM Studio: `flap export gguf` writes a GGUF file of it."
-        if model_type == "llama"
+        if isinstance(family.gguf.export, GgufExport)
         else ""
     )
     return f"""## Loading

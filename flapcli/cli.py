@@ -292,6 +292,34 @@ def show(
 
 
 @command
+def export(
+    target: str = typer.Argument(metavar="FORMAT", help="What to write: gguf (llama.cpp, Ollama, LM Studio)."),
+    checkpoint: str = typer.Argument("", metavar="[CHECKPOINT]", help="What to export [default: DIR/pruned]."),
+    run_dir: o.Run = RUN,
+    out: o.Out = None,
+    outtype: o.Outtype = "f16",
+    revision: o.Revision = None,
+    cache_dir: o.CacheDir = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write a pruned checkpoint for another runtime -> DIR/pruned.gguf, and an Ollama Modelfile beside it."""
+    from flapcli.checkpoint import Hub
+    from flapcli.pipeline.export import run_export_gguf
+
+    if target != "gguf":
+        raise UsageError(f"export {target}: the formats are gguf")
+    path = out or run_dir / "pruned.gguf"
+    told, cached = run_export_gguf(
+        path, checkpoint or str(run_dir / "pruned"), Hub(revision, cache_dir, trust_remote_code),
+        outtype, force, _bars(),
+    )  # fmt: skip
+    _report(path, cached, as_json, told, "show_export", told)
+
+
+@command
 def push(
     repo: str = typer.Argument(metavar="REPO", help="USER/NAME on the hub; created where it is not there."),
     checkpoint: Path | None = typer.Argument(None, metavar="[CHECKPOINT]", help="Pruned folder [default: DIR/pruned]."),

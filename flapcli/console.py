@@ -139,6 +139,18 @@ def show_report(report: EvalReport) -> None:
     out.print(table)
 
 
+def show_export(told: dict[str, Any]) -> None:
+    """What an exported file is, and what smaller quantisations of it would meet."""
+    table = _pairs(f"exported {told['path']}")
+    table.add_row("made from", told["model"]["name"])
+    table.add_row("weights", told["outtype"])
+    table.add_row("bytes", f"{told['bytes']:,}")
+    table.add_row("for Ollama", f"ollama create NAME -f {told['modelfile']}")
+    for line in told["advice"]:
+        table.add_row("quantising", line)
+    out.print(table)
+
+
 def show_families(rows: list[dict[str, str]]) -> None:
     table = Table()
     for column in ("family", "covers", "model_type", "architecture"):

@@ -12,20 +12,29 @@ import transformers
 from torch import nn
 
 
+class Constant(nn.Module):
+    """An output projection without inputs: its bias, or zero. Called, so that offloading loads the bias in time."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if bias else None)
+
+    def forward(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(like) if self.bias is None else self.bias.expand_as(like)
+
+
 class Emptied(nn.Module):
-    """What is left of a module whose units are all pruned: the bias of its output projection, or zero."""
+    """What is left of a module whose units are all pruned: its output projection's bias, or zero."""
 
     def __init__(self, hidden_size: int, output: str, bias: bool, layer: int | None) -> None:
         super().__init__()
         self.output, self.layer = output, layer
-        projection = nn.Module()
-        if bias:
-            projection.bias = nn.Parameter(torch.zeros(hidden_size))
-        self.add_module(output, projection)
+        self.add_module(output, Constant(hidden_size, bias))
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-        bias = getattr(self.get_submodule(self.output), "bias", None)
-        result = torch.zeros_like(hidden_states) if bias is None else bias.expand_as(hidden_states)
+        result = self.get_submodule(self.output)(hidden_states)
         if self.layer is None:
             return result
         # The cache counts tokens by its layers' keys, so a layer without heads stores one empty channel.

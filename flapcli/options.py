@@ -134,6 +134,11 @@ StoreDtype = Annotated[
     StoredDtype | None, typer.Option("--dtype", help="Type of the written weights [default: the source's].")
 ]
 
+Outtype = Annotated[
+    Literal["f32", "f16", "bf16", "q8_0"],
+    typer.Option(help="Type of the weights; llama-quantize makes the smaller ones from f16 or f32."),
+]
+
 Perplexity = Annotated[
     list[str] | None,
     typer.Option(

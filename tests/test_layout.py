@@ -11,7 +11,7 @@ import flapcli
 
 ROOT = Path(flapcli.__file__).parent
 NOUNS = {"stats", "plan", "checkpoint", "evaluate.report"}
-VERBS = {"calibrate", "streamed", "choose", "apply", "evaluate.measure", "evaluate.perplexity"}
+VERBS = {"calibrate", "streamed", "choose", "apply", "evaluate.measure", "evaluate.perplexity", "export"}
 TOP = {"cli", "__main__", "console", "options", "show", "pipeline"}
 
 

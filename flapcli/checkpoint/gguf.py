@@ -2,21 +2,27 @@
 
 import hashlib
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.checkpoint.folder import first_line
 from flapcli.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from flapcli.errors import FlapError
 from flapcli.families import Family, family_of_gguf
+from flapcli.rope import llama3_parameters, rope_of
 from flapcli.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+    from gguf import GGUFReader
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+ROPE_FACTORS = "rope_freqs.weight"
+EMBEDDING = "token_embd.weight"
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
 
 
@@ -53,25 +59,53 @@ class GgufCheckpoint(Checkpoint):
             raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
         sizes = {key: value for key, value in found.items() if value is not None}
         try:
-            return AutoConfig.for_model(
+            config = AutoConfig.for_model(
                 self.family.model_type,
-                vocab_size=metadata["tokenizer.ggml.tokens"].items,
+                vocab_size=next(tensor.shape[0] for tensor in self.header.tensors if tensor.name == EMBEDDING),
                 tie_word_embeddings=all(tensor.name != "output.weight" for tensor in self.header.tensors),
                 **sizes,
             )
-        except (KeyError, AttributeError, ValueError, TypeError) as error:
+        except (KeyError, StopIteration, ValueError, TypeError) as error:
             raise FlapError(f"{self.path}: its metadata make no {self.family.name}: {first_line(error)}") from error
+        if self._rope_factors is not None:
+            config.rope_parameters = self._rope_parameters(rope_of(config.to_dict()), self._rope_factors)
+        return config
+
+    @cached_property
+    def _rope_factors(self) -> NDArray[np.float32] | None:
+        """Divisors of the rotary frequencies, (head_dim / 2,), where the file has them."""
+        found = [tensor for tensor in self.header.tensors if tensor.name == ROPE_FACTORS]
+        return self._dequantised(found[0]).ravel() if found else None
+
+    def _rope_parameters(self, rope: dict[str, Any], factors: NDArray[np.float32]) -> dict[str, Any]:
+        """What transformers needs to compute the file's factors, which it does not read itself."""
+        parameters = llama3_parameters(factors, rope["rope_theta"])
+        if parameters is None:
+            raise FlapError(
+                f"{self.path}: its {ROPE_FACTORS} is not Llama-3's scaling with Meta's parameters, the only one that "
+                "flap can tell from the factors: use the model's folder"
+            )
+        return parameters
 
     def load_config(self) -> "PreTrainedConfig":
         return self._config
 
     @cached_property
+    def reader(self) -> "GGUFReader":
+        """gguf's own reader, for what the header alone does not hold: every token of the vocabulary."""
+        from gguf import GGUFReader
+
+        return GGUFReader(self.path)
+
+    @cached_property
     def _by_name(self) -> dict[str, GgufTensor]:
-        names = _transformers_names(self.family, self.family.read_sizes(self.config)["num_layers"])
-        unknown = [t.name for t in self.header.tensors if t.name not in names]
+        layers = self.family.read_sizes(self.config)["num_layers"]
+        names = transformers_names(self.family, layers, self.family.gguf.architecture)
+        tensors = [tensor for tensor in self.header.tensors if tensor.name != ROPE_FACTORS]
+        unknown = [tensor.name for tensor in tensors if tensor.name not in names]
         if unknown:
             raise FlapError(f"{self.path}: tensor {unknown[0]} has no place in family {self.family.name}")
-        return {names[t.name]: t for t in self.header.tensors}
+        return {names[tensor.name]: tensor for tensor in tensors}
 
     @cached_property
     def stored(self) -> dict[str, TensorSpec]:
@@ -94,17 +128,20 @@ class GgufCheckpoint(Checkpoint):
     def license(self) -> str | None:
         return self.header.metadata.get("general.license")
 
-    def read(self, name: str) -> "torch.Tensor":
-        import torch
+    def _dequantised(self, tensor: GgufTensor) -> NDArray[np.float32]:
         from gguf import GGMLQuantizationType, dequantize
 
-        tensor = self._by_name[name]
         with self.path.open("rb") as file:
             file.seek(tensor.start)
             stored = np.fromfile(file, dtype=np.uint8, count=tensor.nbytes)
         rows = stored.reshape(*tensor.shape[:-1], -1)
-        values = torch.from_numpy(dequantize(rows, GGMLQuantizationType(tensor.type))).float()
-        values = values.reshape(tensor.shape)
+        values = dequantize(rows, GGMLQuantizationType(tensor.type)).astype(np.float32, copy=False)
+        return values.reshape(tensor.shape)
+
+    def read(self, name: str) -> "torch.Tensor":
+        import torch
+
+        values = torch.from_numpy(self._dequantised(self._by_name[name]))
         for producer in self.family.gguf.permuted:
             if f".{producer}." in name:
                 key = self.family.sizes[self.family.attention.producers[producer]]
@@ -126,11 +163,11 @@ def _unpermute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _transformers_names(family: Family, num_layers: int) -> dict[str, str]:
-    """llama.cpp's tensor names to transformers', for all that the family's description names."""
+def transformers_names(family: Family, num_layers: int, architecture: str) -> dict[str, str]:
+    """llama.cpp's tensor names in `architecture` to transformers', for all that the family's description names."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.gguf.architecture)
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     table = get_tensor_name_map(arch, num_layers)
     parts = [*family.uncut]
     for module in (family.attention, family.mlp):
@@ -142,3 +179,9 @@ def _transformers_names(family: Family, num_layers: int) -> dict[str, str]:
             if (found := table.get_name(prefix)) is not None:
                 names[found + suffix] = prefix + suffix
     return names
+
+
+def metadata_string(path: Path, key: str) -> str | None:
+    """One text of a GGUF's metadata, None where it has no such text. Raises FlapError for what is no GGUF."""
+    value = read_gguf_header(path).metadata.get(key)
+    return value if isinstance(value, str) else None

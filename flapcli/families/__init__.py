@@ -32,16 +32,30 @@ class ModuleDescription(_Description):
     producers: dict[str, Size]
 
 
+class GgufExport(_Description):
+    """The architecture of llama.cpp that has per-layer sizes and computes what the family computes.
+
+    `permuted` are the projections whose rows its rotation wants interleaved; `requires` maps keys of
+    config.json to the values for which the two compute the same (null: the key is missing or null).
+    """
+
+    architecture: str
+    permuted: list[str]
+    requires: dict[str, list[str | bool | None]]
+
+
 class GgufDescription(_Description):
     """How llama.cpp stores the family.
 
     Its architecture's name, the projections whose rows it permutes, and which of config.json's keys its
-    metadata fill (prefixed by the architecture's name).
+    metadata fill (prefixed by the architecture's name). `export` is how a pruned model is written, or the
+    reason why it can't be.
     """
 
     architecture: str
     permuted: list[str]
     config: dict[str, str]
+    export: GgufExport | str = "flap knows no architecture of llama.cpp with per-layer sizes for it"
 
 
 class Family(_Description):
