@@ -61,11 +61,9 @@ class Ranks:
         return self
 
     def _join(self) -> None:
-        from torch.distributed.rendezvous import rendezvous
-
         timeout = timedelta(seconds=self.limit)
         try:
-            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            store = self._meeting_place(timeout)
             self._store = dist.PrefixStore("flap", store)
             self._store.set(f"host/{self.rank}", socket.gethostname())
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -76,16 +74,25 @@ class Ranks:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminated)
 
+    def _meeting_place(self, timeout: timedelta) -> dist.Store:
+        """The store at MASTER_ADDR: torchrun's agent holds it, else rank 0 does."""
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Unlike init_method="env://" this does not wait for all to come, so that the absent can be named.
+        store = dist.TCPStore(
+            *place, self.size, self.rank == 0 and not agent, timeout, wait_for_workers=False, multi_tenant=True
+        )
+        # An agent that starts ranks again keeps what the ranks before them wrote.
+        return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.size == 1:
             return
         with contextlib.suppress(*LOST):
             if error is None:
                 self._leave()
-            elif not isinstance(error, RankError):
-                self._store.set(f"failed/{self.rank}", str(error) or type(error).__name__)
-                self._store.set("failed", b"1")
-                time.sleep(2 * BEAT)  # rank 0 may hold the store: let the others read the reason
+            elif self._store is not None:
+                self._tell(error)
         self._stop.set()
         if error is None:
             dist.destroy_process_group()
@@ -99,6 +106,13 @@ class Ranks:
             if self._store.check([f"left/{rank}" for rank in range(self.size)]):
                 return
             time.sleep(0.01)
+
+    def _tell(self, error: BaseException) -> None:
+        """Say to the others why this ends, unless another rank did; rank 0, which may hold the store, stays for it."""
+        own = f"{self._names([self.rank])} failed: {str(error) or type(error).__name__}"
+        if not self._store.check(["verdict"]):
+            self._store.set("verdict", str(error) if isinstance(error, RankError) else own)
+        time.sleep(GRACE if self.rank == 0 else 0)
 
     def agree(self, value: Any) -> list[Any]:
         """Every rank's value (JSON), in rank order; also a barrier."""
@@ -150,8 +164,8 @@ class Ranks:
             return
         self._next_check = time.monotonic() + BEAT
         try:
-            if self._store.check(["failed"]):
-                raise RankError(self._blame())
+            if self._store.check(["verdict"]):
+                raise RankError(self._store.get("verdict").decode())
             silent = self._silent(self.limit)
         except LOST as error:
             raise self._lost(error) from error
@@ -182,15 +196,13 @@ class Ranks:
         return error if isinstance(error, RankError) else RankError(self._blame())
 
     def _blame(self) -> str:
-        """Who failed and why, else who is silent; watches for a few seconds to tell the dead from the living."""
+        """What another rank found, else who is silent; watches for a few seconds to tell the dead from the living."""
         try:
             end = time.monotonic() + 2 * GRACE
             self._seen.clear()
             while time.monotonic() < end:
-                failed = [r for r in range(self.size) if self._store.check([f"failed/{r}"]) and r != self.rank]
-                if failed:
-                    reason = self._store.get(f"failed/{failed[0]}").decode()
-                    return f"{self._names(failed[:1])} failed: {reason}"
+                if self._store.check(["verdict"]):
+                    return self._store.get("verdict").decode()
                 if silent := self._silent(GRACE):
                     return f"{self._names(silent)} died: {self._next_step()}"
                 time.sleep(BEAT / 2)
