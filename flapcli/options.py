@@ -103,7 +103,11 @@ RemoveHeads = Annotated[
     int | None,
     typer.Option(min=0, help="For -MM: heads (KV groups under GQA) to remove from the whole model."),
 ]
-RoundTo = Annotated[int, typer.Option(min=1, help="Keep MLP widths in multiples of this.")]
+RoundTo = Annotated[
+    int,
+    typer.Option(min=1, help="Keep MLP widths in multiples of this: 256 suits llama.cpp's K-quants, 32 its older "
+                 "types, 64 bitsandbytes' 4 bits."),
+]  # fmt: skip
 HeadsMultiple = Annotated[
     int, typer.Option("--heads-multiple-of", min=1, help="Keep heads or KV groups in multiples of this.")
 ]

@@ -217,7 +217,7 @@ def test_modelfile(flap, tmp_path):
         tokenizer.save_pretrained(folder)
         flap("export", "gguf", folder, "-o", folder.with_suffix(".gguf"))
     lines = (tmp_path / "base.Modelfile").read_text().splitlines()
-    assert lines == ["FROM ./base.gguf", 'PARAMETER stop "<|im_end|>"', 'PARAMETER stop "</s>"'][: len(lines)]
+    assert lines == ["FROM ./base.gguf", 'PARAMETER stop "<|im_end|>"']
     text = (tmp_path / "chat.Modelfile").read_text()
     ask = "<|im_end|>\n<|im_start|>assistant\n"
     between = "<|im_end|>\n<|im_start|>user\n"
