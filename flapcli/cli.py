@@ -1,57 +1,21 @@
 """The commands of `flap`: parse, call a stage, print. What is heavy is imported inside."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import typer
 
+from flapcli import cli_results as _cli_results  # noqa: F401  registers its commands
 from flapcli import options as o
+from flapcli.command import app, command
 from flapcli.errors import FlapError, UsageError
 
-app = typer.Typer(
-    name="flap",
-    help="Make large language models smaller without retraining (FLAP, AAAI 2024). "
-    "calibrate -> plan -> apply -> eval, or all of it with run.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 RUN = Path("flap-run")
-P = ParamSpec("P")
 
 
 def main() -> None:
     app()
-
-
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register a command whose errors are one line on stderr and an exit code of the contract."""
-
-    @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except typer.Exit:
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            if o.debugging():
-                raise
-            from flapcli import console
-
-            console.error(_describe(error))
-            raise typer.Exit(error.exit_code if isinstance(error, FlapError) else 1) from error
-
-    return app.command(name=function.__name__.rstrip("_"))(guarded)
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, FlapError):
-        return " ".join(str(error).split("\n"))
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing half-done is left behind"
-    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
 
 
 @app.callback()
@@ -162,6 +126,17 @@ def eval_(
     perplexity: o.Perplexity = None,
     seqlen: o.Seqlen = 128,
     text_column: o.TextColumn = "text",
+    tasks: o.Tasks = None,
+    include_path: o.IncludePath = None,
+    limit: o.Limit = None,
+    num_fewshot: o.NumFewshot = None,
+    cache_requests: o.CacheRequests = False,
+    speed: o.Speed = False,
+    speed_batch_sizes: o.SpeedBatchSizes = "1",
+    speed_lengths: o.SpeedLengths = "128",
+    speed_new_tokens: o.SpeedNewTokens = 16,
+    speed_rounds: o.SpeedRounds = 5,
+    threads: o.Threads = None,
     baseline: o.Baseline = True,
     batch_size: o.BatchSize = "auto",
     device: o.Device = "auto",
@@ -175,16 +150,27 @@ def eval_(
 ) -> None:
     """Measure a checkpoint, and the dense model beside it -> DIR/eval.json."""
     from flapcli.checkpoint import Hub
+    from flapcli.evaluate.suite import expand
     from flapcli.pipeline.common import Compute
-    from flapcli.pipeline.evaluate import EvalOptions, run_eval
+    from flapcli.pipeline.evaluate import EvalOptions, SpeedSettings, run_eval
 
     path = out or run_dir / "eval.json"
-    wanted = EvalOptions(tuple(perplexity or ()), seqlen, dtype, baseline, text_column)
+    timed = SpeedSettings(
+        o.numbers(speed_batch_sizes, "--speed-batch-sizes"), o.numbers(speed_lengths, "--speed-lengths"),
+        speed_new_tokens, speed_rounds, threads,
+    )  # fmt: skip
+    wanted = EvalOptions(
+        tuple(perplexity or ()), seqlen, dtype, baseline, text_column, expand(tasks) if tasks is not None else (),
+        str(include_path) if include_path else None, limit, num_fewshot, timed if speed else None,
+    )  # fmt: skip
     report, cached = run_eval(
         path, checkpoint or str(run_dir / "pruned"), model, Hub(revision, cache_dir, trust_remote_code),
-        wanted, Compute(device, _batch(batch_size)), force, _bars(),
+        wanted, Compute(device, _batch(batch_size), threads), force, _bars(), cache_requests,
     )  # fmt: skip
     _report(path, cached, as_json, report.model_dump(), "show_report", report)
+    if report.task_failures:
+        failed = ", ".join(report.task_failures)
+        raise FlapError(f"not every task could be run ({failed}); the other results are in {path}")
 
 
 @command
@@ -210,6 +196,10 @@ def run(
     seed: o.Seed = 0,
     gram: o.Gram = False,
     perplexity: o.Perplexity = None,
+    tasks: o.Tasks = None,
+    include_path: o.IncludePath = None,
+    limit: o.Limit = None,
+    speed: o.Speed = False,
     baseline: o.Baseline = True,
     batch_size: o.BatchSize = "auto",
     device: o.Device = "auto",
@@ -234,7 +224,8 @@ def run(
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent}),
         (apply, {"compensate": compensate, "mask_only": mask_only, "max_shard_size": max_shard_size} | hub),
-        (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype}
+        (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype,
+                 "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
          | where | hub),
     ]  # fmt: skip
     from flapcli import console
@@ -250,6 +241,7 @@ def run(
 @command
 def show(
     path: Path = typer.Argument(RUN, metavar="[DIR|FILE]", help="Run folder, stats, plan, checkpoint or eval.json."),
+    plot: o.Plot = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -258,6 +250,11 @@ def show(
     from flapcli.show import inspect
 
     found = inspect(path)
+    if plot:
+        from flapcli.report.plots import save_picture
+
+        save_picture(path, plot)
+        console.note(f"{plot}: written")
     if as_json:
         console.data({name: value for name, value, _ in found})
         return

@@ -11,8 +11,13 @@ import flapcli
 
 ROOT = Path(flapcli.__file__).parent
 NOUNS = {"stats", "plan", "checkpoint", "evaluate.report"}
-VERBS = {"calibrate", "choose", "apply", "evaluate.measure", "evaluate.perplexity"}
-TOP = {"cli", "__main__", "console", "options", "show", "pipeline"}
+VERBS = {
+    "calibrate", "choose", "apply", "evaluate.measure", "evaluate.perplexity", "evaluate.tasks", "evaluate.speed",
+    "evaluate.memory", "evaluate.generate",
+}  # fmt: skip
+TOP = {
+    "cli", "cli_results", "command", "__main__", "console", "console_results", "options", "show", "pipeline",
+}  # fmt: skip
 
 
 def imports() -> dict[str, set[str]]:

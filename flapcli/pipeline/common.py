@@ -14,6 +14,7 @@ class Compute:
 
     device: str = "auto"
     batch_size: int | None = None
+    threads: int | None = None
 
 
 def default_text(model: str) -> str:
