@@ -1,57 +1,19 @@
 """The commands of `flap`: parse, call a stage, print. What is heavy is imported inside."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import typer
 
+from flapcli import cli_results as _cli_results  # noqa: F401  registers its commands
 from flapcli import options as o
+from flapcli.command import RUN, app, bars, command, tell
 from flapcli.errors import FlapError, UsageError
-
-app = typer.Typer(
-    name="flap",
-    help="Make large language models smaller without retraining (FLAP, AAAI 2024). "
-    "calibrate -> plan -> apply -> eval, or all of it with run.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-RUN = Path("flap-run")
-P = ParamSpec("P")
 
 
 def main() -> None:
     app()
-
-
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register a command whose errors are one line on stderr and an exit code of the contract."""
-
-    @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except typer.Exit:
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            if o.debugging():
-                raise
-            from flapcli import console
-
-            console.error(_describe(error))
-            raise typer.Exit(error.exit_code if isinstance(error, FlapError) else 1) from error
-
-    return app.command(name=function.__name__.rstrip("_"))(guarded)
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, FlapError):
-        return " ".join(str(error).split("\n"))
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing half-done is left behind (calibrate goes on where it stopped when run again)"
-    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
 
 
 @app.callback()
@@ -100,9 +62,9 @@ def calibrate(
     path = out or run_dir / "stats.safetensors"
     hub = Hub(revision, cache_dir, trust_remote_code)
     compute = Compute(device, _batch(batch_size))
-    header, cached = run_calibrate(path, model, hub, wanted, compute, force, _bars(), scale)
+    header, cached = run_calibrate(path, model, hub, wanted, compute, force, bars(), scale)
     if is_writer():
-        _report(path, cached, as_json, header.model_dump(), "show_stats", header)
+        tell(path, cached, as_json, header.model_dump(), "show_stats", header)
 
 
 @command
@@ -133,7 +95,7 @@ def plan(
         path, stats or run_dir / "stats.safetensors", method, metric, request,
         structure, attention_exponent, force,
     )  # fmt: skip
-    _report(path, cached, as_json, made.model_dump(exclude_none=True), "show_plan", made)
+    tell(path, cached, as_json, made.model_dump(exclude_none=True), "show_plan", made)
 
 
 @command
@@ -164,9 +126,9 @@ def apply(
     path = out or run_dir / "pruned"
     config, cached = run_apply(
         path, plan or run_dir / "plan.yaml", stats, model, Hub(revision, cache_dir, trust_remote_code),
-        ApplyOptions(compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size), force, _bars(),
+        ApplyOptions(compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size), force, bars(),
     )  # fmt: skip
-    _report(path, cached, as_json, config, "show_folder", config, str(path))
+    tell(path, cached, as_json, config, "show_folder", config, str(path))
 
 
 @command
@@ -178,6 +140,17 @@ def eval_(
     perplexity: o.Perplexity = None,
     seqlen: o.Seqlen = 128,
     text_column: o.TextColumn = "text",
+    tasks: o.Tasks = None,
+    include_path: o.IncludePath = None,
+    limit: o.Limit = None,
+    num_fewshot: o.NumFewshot = None,
+    cache_requests: o.CacheRequests = False,
+    speed: o.Speed = False,
+    speed_batch_sizes: o.SpeedBatchSizes = "1",
+    speed_lengths: o.SpeedLengths = "128",
+    speed_new_tokens: o.SpeedNewTokens = 16,
+    speed_rounds: o.SpeedRounds = 5,
+    threads: o.Threads = None,
     baseline: o.Baseline = True,
     batch_size: o.BatchSize = "auto",
     device: o.Device = "auto",
@@ -191,16 +164,27 @@ def eval_(
 ) -> None:
     """Measure a checkpoint, and the dense model beside it -> DIR/eval.json."""
     from flapcli.checkpoint import Hub
+    from flapcli.evaluate.suite import expand
     from flapcli.pipeline.common import Compute
-    from flapcli.pipeline.evaluate import EvalOptions, run_eval
+    from flapcli.pipeline.evaluate import EvalOptions, SpeedSettings, run_eval
 
     path = out or run_dir / "eval.json"
-    wanted = EvalOptions(tuple(perplexity or ()), seqlen, dtype, baseline, text_column)
+    timed = SpeedSettings(
+        o.numbers(speed_batch_sizes, "--speed-batch-sizes"), o.numbers(speed_lengths, "--speed-lengths"),
+        speed_new_tokens, speed_rounds, threads,
+    )  # fmt: skip
+    wanted = EvalOptions(
+        tuple(perplexity or ()), seqlen, dtype, baseline, text_column, expand(tasks) if tasks is not None else (),
+        str(include_path) if include_path else None, limit, num_fewshot, timed if speed else None,
+    )  # fmt: skip
     report, cached = run_eval(
         path, checkpoint or str(run_dir / "pruned"), model, Hub(revision, cache_dir, trust_remote_code),
-        wanted, Compute(device, _batch(batch_size)), force, _bars(),
+        wanted, Compute(device, _batch(batch_size), threads), force, bars(), cache_requests,
     )  # fmt: skip
-    _report(path, cached, as_json, report.model_dump(), "show_report", report)
+    tell(path, cached, as_json, report.model_dump(), "show_report", report)
+    if report.task_failures:
+        failed = ", ".join(report.task_failures)
+        raise FlapError(f"not every task could be run ({failed}); the other results are in {path}")
 
 
 @command
@@ -231,6 +215,10 @@ def run(
     gram_dtype: o.GramDtypeOption = "float32",
     stream: o.Stream = None,
     perplexity: o.Perplexity = None,
+    tasks: o.Tasks = None,
+    include_path: o.IncludePath = None,
+    limit: o.Limit = None,
+    speed: o.Speed = False,
     baseline: o.Baseline = True,
     batch_size: o.BatchSize = "auto",
     device: o.Device = "auto",
@@ -260,7 +248,8 @@ def run(
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent}),
         (apply, {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
                  "remote_code": remote_code, "max_shard_size": max_shard_size} | hub),
-        (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype}
+        (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype,
+                 "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
          | where | hub),
     ]  # fmt: skip
     from flapcli import console
@@ -276,6 +265,7 @@ def run(
 @command
 def show(
     path: Path = typer.Argument(RUN, metavar="[DIR|FILE]", help="Run folder, stats, plan, checkpoint or eval.json."),
+    plot: o.Plot = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -284,54 +274,16 @@ def show(
     from flapcli.show import inspect
 
     found = inspect(path)
+    if plot:
+        from flapcli.report.plots import save_picture
+
+        save_picture(path, plot)
+        console.note(f"{plot}: written")
     if as_json:
         console.data({name: value for name, value, _ in found})
         return
     for _, _, draw in found:
         getattr(console, draw[0])(*draw[1:])
-
-
-@command
-def export(
-    target: str = typer.Argument(metavar="FORMAT", help="What to write: gguf (llama.cpp, Ollama, LM Studio)."),
-    checkpoint: str = typer.Argument("", metavar="[CHECKPOINT]", help="What to export [default: DIR/pruned]."),
-    run_dir: o.Run = RUN,
-    out: o.Out = None,
-    outtype: o.Outtype = "f16",
-    revision: o.Revision = None,
-    cache_dir: o.CacheDir = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    force: o.Force = False,
-    as_json: o.Json = False,
-    debug: o.Debug = False,
-) -> None:
-    """Write a pruned checkpoint for another runtime -> DIR/pruned.gguf, and an Ollama Modelfile beside it."""
-    from flapcli.checkpoint import Hub
-    from flapcli.pipeline.export import run_export_gguf
-
-    if target != "gguf":
-        raise UsageError(f"export {target}: the formats are gguf")
-    path = out or run_dir / "pruned.gguf"
-    told, cached = run_export_gguf(
-        path, checkpoint or str(run_dir / "pruned"), Hub(revision, cache_dir, trust_remote_code),
-        outtype, force, _bars(),
-    )  # fmt: skip
-    _report(path, cached, as_json, told, "show_export", told)
-
-
-@command
-def push(
-    repo: str = typer.Argument(metavar="REPO", help="USER/NAME on the hub; created where it is not there."),
-    checkpoint: Path | None = typer.Argument(None, metavar="[CHECKPOINT]", help="Pruned folder [default: DIR/pruned]."),
-    run_dir: o.Run = RUN,
-    private: bool = typer.Option(False, "--private", help="Create it as a private repository."),
-    debug: o.Debug = False,
-) -> None:
-    """Upload a pruned folder to the hub; the token comes from the environment."""
-    from flapcli import console
-    from flapcli.pipeline.push import push as upload
-
-    console.note(f"uploaded: {upload(checkpoint or run_dir / 'pruned', repo, private)}")
 
 
 @command
@@ -353,17 +305,3 @@ def _batch(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise UsageError(f"--batch-size {text}: give a number of windows, at least 1, or auto")
     return int(text)
-
-
-def _bars() -> Any:
-    from flapcli import console
-
-    return console.Bars()
-
-
-def _report(path: Path, cached: bool, as_json: bool, data: Any, show: str, *args: Any) -> None:
-    """Print a stage's result: JSON, or the table that the console draws of it; where it lies, on stderr."""
-    from flapcli import console
-
-    console.data(data) if as_json else getattr(console, show)(*args)
-    console.note(f"{path}: up to date" if cached else f"{path}: written")

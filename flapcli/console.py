@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flapcli.evaluate.report import EvalReport, Measurement
+from flapcli.evaluate.report import EvalReport
+from flapcli.evaluate.table import cost_rows, models_of, quality_rows, speed_lines
 from flapcli.plan import Plan
 from flapcli.progress import Advance
 from flapcli.shape import MODULES
@@ -124,19 +125,18 @@ def show_folder(config: dict[str, Any], path: str) -> None:
 
 
 def show_report(report: EvalReport) -> None:
-    """The figures of the pruned model, the dense one's beside them."""
+    """The figures of the pruned model, the dense one's beside them, and what the speed comes to."""
     table = Table(title=report.checkpoint, title_justify="left")
     table.add_column("")
-    models: list[Measurement] = [report]
-    if report.baseline:
-        models.insert(0, report.baseline)
-        table.add_column("dense", justify="right")
-    table.add_column("pruned" if report.baseline else "model", justify="right")
-    for text in report.perplexity:
-        table.add_row(f"perplexity {text}", *(f"{m.perplexity[text]:.2f}" for m in models))
-    table.add_row("parameters", *(f"{m.size.parameters:,}" for m in models))
-    table.add_row("bytes on disk", *(f"{m.size.bytes:,} ({m.size.stored_as})" for m in models))
+    for label in models_of(report):
+        table.add_column(label, justify="right")
+    for name, cells in quality_rows(report) + cost_rows(report):
+        table.add_row(name, *cells)
     out.print(table)
+    for line in speed_lines(report):
+        out.print(Text(line), soft_wrap=True)
+    for task, reason in report.task_failures.items():
+        out.print(Text(f"{task}: not run: {reason}"), soft_wrap=True)
 
 
 def show_export(told: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from flapcli import __version__
+from flapcli.errors import UsageError
 
 Method = Literal["flap", "wanda-sp", "mag-sp"]
 Metric = Literal["IFV", "WIFV", "WIFN"]
@@ -150,3 +151,44 @@ Perplexity = Annotated[
     ),
 ]
 Baseline = Annotated[bool, typer.Option("--baseline/--no-baseline", help="Measure the dense model beside it.")]
+
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="lm-eval tasks, separated by commas, or zero-shot for the paper's seven (BoolQ, PIQA, HellaSwag, "
+                 "WinoGrande, ARC-e, ARC-c, OBQA)."),
+]  # fmt: skip
+IncludePath = Annotated[Path | None, typer.Option(help="Folder of your own lm-eval task files.")]
+Limit = Annotated[
+    float | None, typer.Option(min=0.0001, help="Documents of a task, or below 1 a share of them; for trials.")
+]
+NumFewshot = Annotated[int | None, typer.Option(min=0, help="Examples in the prompt [default: the task's own or 0].")]
+CacheRequests = Annotated[
+    bool, typer.Option("--cache-requests", help="Keep tasks' built prompts in ~/.cache/flap; --force builds them anew.")
+]
+Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Time both models in turns; measure their memory.")]
+SpeedBatchSizes = Annotated[str, typer.Option(help="Batch sizes to time, separated by commas.")]
+SpeedLengths = Annotated[str, typer.Option(help="Prompt lengths to time, in tokens, separated by commas.")]
+SpeedNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to decode after each prompt.")]
+SpeedRounds = Annotated[int, typer.Option(min=1, help="Timed rounds, after one that warms up.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch [default: its own choice].")]
+Plot = Annotated[Path | None, typer.Option(help="Draw what the plan keeps into this .png or .svg file.")]
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """`1,8` as (1, 8). Raises UsageError for anything but positive numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} {text}: give numbers of at least 1, separated by commas")
+    return tuple(int(part) for part in parts)
+
+
+CompareRuns = Annotated[
+    list[Path] | None, typer.Option("--compare", help="Another run folder to put beside this one; repeatable.")
+]
+CheckpointOption = Annotated[str | None, typer.Option("--checkpoint", help="Pruned folder [default: DIR/pruned].")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+SampleSeed = Annotated[int, typer.Option("--seed", help="Seed of --sample.")]
+Temperature = Annotated[float | None, typer.Option(min=0.01, help="Of --sample [default: 1].")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
+EvalRunDtype = Annotated[Dtype, typer.Option("--dtype", help="What the models run in; auto: float32 on a CPU.")]

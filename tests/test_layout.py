@@ -11,8 +11,13 @@ import flapcli
 
 ROOT = Path(flapcli.__file__).parent
 NOUNS = {"stats", "plan", "checkpoint", "evaluate.report"}
-VERBS = {"calibrate", "streamed", "choose", "apply", "evaluate.measure", "evaluate.perplexity", "export"}
-TOP = {"cli", "__main__", "console", "options", "show", "pipeline"}
+VERBS = {
+    "calibrate", "streamed", "choose", "apply", "export", "evaluate.measure", "evaluate.perplexity", "evaluate.tasks",
+    "evaluate.speed", "evaluate.memory", "evaluate.generate",
+}  # fmt: skip
+TOP = {
+    "cli", "cli_results", "command", "__main__", "console", "console_results", "options", "show", "pipeline",
+}  # fmt: skip
 
 
 def imports() -> dict[str, set[str]]:

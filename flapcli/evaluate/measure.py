@@ -1,15 +1,20 @@
-"""One model measured: perplexity on each text, and size."""
+"""One model measured: perplexity on each text, tasks, and size."""
 
 import gc
+from typing import TYPE_CHECKING
 
 import torch
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.corpus import evaluation_windows
-from flapcli.evaluate.perplexity import perplexity
+from flapcli.evaluate.perplexity import details, exp_mean, window_losses
 from flapcli.evaluate.report import Measurement, Size
+from flapcli.evaluate.suite import average
 from flapcli.loading import load_model, quiet_transformers
 from flapcli.progress import Progress
+
+if TYPE_CHECKING:
+    from flapcli.evaluate.tasks import LoadedTasks, TaskOptions
 
 
 def measure_model(
@@ -22,16 +27,32 @@ def measure_model(
     batch_size: int | None,
     progress: Progress,
     label: str,
+    tasks: "tuple[LoadedTasks, TaskOptions] | None" = None,
 ) -> Measurement:
-    """Perplexity on each text, and size. Raises FlapError where text or model can't be loaded."""
+    """Perplexity on each text, `tasks` if any, and size.
+
+    Raises FlapError where text or model can't be loaded; a task that can't be run is recorded instead.
+    """
     quiet_transformers()
     tokenizer = checkpoint.load_tokenizer()
     windows = {text: evaluation_windows(text, tokenizer, seqlen, text_column) for text in texts}
     model = load_model(checkpoint, dtype, device)
-    values = {
-        text: perplexity(model, tokens, batch_size, progress, f"{label} on {text}") for text, tokens in windows.items()
+    losses = {
+        text: window_losses(model, tokens, batch_size, progress, f"{label} on {text}")
+        for text, tokens in windows.items()
     }
+    size = Size(parameters=checkpoint.shape.parameters, bytes=checkpoint.nbytes, stored_as=checkpoint.stored_as)
+    found = Measurement(
+        checkpoint=str(checkpoint.path),
+        perplexity={text: exp_mean(values, f"{label} on {text}") for text, values in losses.items()},
+        perplexity_details={text: details(values, windows[text], tokenizer) for text, values in losses.items()},
+        size=size,
+    )
+    if tasks:
+        from flapcli.evaluate.tasks import run_tasks
+
+        found.tasks, found.task_failures = run_tasks(model, tokenizer, *tasks, batch_size, progress, label)
+        found.task_average = average(found.tasks)
     del model
     gc.collect()
-    size = Size(parameters=checkpoint.shape.parameters, bytes=checkpoint.nbytes, stored_as=checkpoint.stored_as)
-    return Measurement(checkpoint=str(checkpoint.path), perplexity=values, size=size)
+    return found

@@ -1,6 +1,7 @@
 """Perplexity by METHOD.md: exp of the mean cross entropy over the predicted tokens of each window."""
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,7 +11,51 @@ from transformers import PreTrainedModel
 
 from flapcli.device import for_batches
 from flapcli.errors import FlapError
+from flapcli.evaluate.report import TextDetails
 from flapcli.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def window_losses(
+    model: PreTrainedModel,
+    windows: NDArray[np.int64],
+    batch_size: int | None,
+    progress: Progress,
+    description: str = "perplexity",
+) -> NDArray[np.float64]:
+    """Mean cross entropy of each of (n, seqlen) windows, (n,), in nats per predicted token: seqlen - 1 a window.
+
+    Every window is read on its own. Cross entropy in float32, summed in float64. Raises FlapError where it is
+    not finite.
+    """
+    losses: list[torch.Tensor] = []
+
+    def step(batch: torch.Tensor) -> None:
+        logits = model(input_ids=batch, use_cache=False).logits
+        # Window by window: a float32 copy of all logits would be the largest tensor of the run.
+        found = [
+            cross_entropy(row[:-1].float(), ids[1:], reduction="sum").double().cpu()
+            for row, ids in zip(logits, batch, strict=True)
+        ]
+        losses.extend(found)
+
+    with torch.inference_mode():
+        for_batches(windows, step, model.device, batch_size, progress, description)
+    means = torch.stack(losses).numpy() / (windows.shape[1] - 1)
+    if not np.isfinite(means).all():
+        raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
+    return means
+
+
+def exp_mean(losses: NDArray[np.float64], description: str = "perplexity") -> float:
+    """Perplexity of windows' mean losses. Raises FlapError where it is beyond a float."""
+    mean = float(losses.mean())
+    try:
+        return math.exp(mean)
+    except OverflowError as error:
+        raise FlapError(f"{description}: mean loss {mean:.1f} is beyond any perplexity; the model is broken") from error
 
 
 def perplexity(
@@ -20,27 +65,39 @@ def perplexity(
     progress: Progress,
     description: str = "perplexity",
 ) -> float:
-    """Perplexity of a causal model on (n, seqlen) windows, each on its own: seqlen - 1 predictions a window.
+    """Perplexity of a causal model on (n, seqlen) windows. Raises FlapError where it is not finite."""
+    return exp_mean(window_losses(model, windows, batch_size, progress, description), description)
 
-    Cross entropy in float32, summed in float64. Raises FlapError where it is not finite.
+
+def details(
+    losses: NDArray[np.float64], windows: NDArray[np.int64], tokenizer: "PreTrainedTokenizerBase"
+) -> TextDetails:
+    """Standard error and bits per byte beside the perplexity of `windows`, (n, seqlen), with mean `losses`, (n,).
+
+    The standard error is that of the mean loss over windows, carried through exp (delta method); 0 for one
+    window. Bits per byte are the total loss in bits over the bytes of the text that was predicted.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    count = len(losses)
+    error = losses.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    size = predicted_bytes(windows, tokenizer)
+    return TextDetails(
+        standard_error=exp_mean(losses) * float(error),
+        bits_per_byte=float(losses.sum()) * (windows.shape[1] - 1) / math.log(2) / size if size else 0.0,
+        windows=count,
+        tokens=tokens,
+        bytes=size,
+    )
 
-    def step(batch: torch.Tensor) -> None:
-        logits = model(input_ids=batch, use_cache=False).logits
-        # Window by window: a float32 copy of all logits would be the largest tensor of the run.
-        losses = [
-            cross_entropy(row[:-1].float(), ids[1:], reduction="sum").double().cpu()
-            for row, ids in zip(logits, batch, strict=True)
-        ]
-        total.add_(torch.stack(losses).sum())
 
-    with torch.inference_mode():
-        for_batches(windows, step, model.device, batch_size, progress, description)
-    mean = float(total) / (windows.shape[0] * (windows.shape[1] - 1))
-    if not math.isfinite(mean):
-        raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
-    try:
-        return math.exp(mean)
-    except OverflowError as error:
-        raise FlapError(f"{description}: mean loss {mean:.1f} is beyond any perplexity; the model is broken") from error
+def predicted_bytes(windows: NDArray[np.int64], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """UTF-8 bytes of the windows' text without each first token's, which nothing predicts.
+
+    A character that a window's edge cuts in two decodes to a replacement character of three bytes: at most
+    two bytes too many an edge.
+    """
+    first, whole = (
+        tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (windows[:, :1], windows)
+    )
+    return sum(len(text.encode()) for text in whole) - sum(len(text.encode()) for text in first)

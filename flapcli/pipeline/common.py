@@ -15,6 +15,7 @@ class Compute:
 
     device: str = "auto"
     batch_size: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,32 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.corpus import check_source, source_sha256
 from flapcli.errors import FlapError, UsageError
-from flapcli.evaluate.report import EvalReport, load_report, save_report
+from flapcli.evaluate.report import EvalReport, Measurement, Speedup, load_report, save_report
+from flapcli.evaluate.suite import check_names, files_sha256, task_manager
 from flapcli.pipeline.common import Compute, default_text, versions
 from flapcli.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from lm_eval.tasks import TaskManager
+
+    from flapcli.evaluate.speed import SpeedOptions
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What is timed: every batch size with every prompt length. None as threads: torch's own choice."""
+
+    batch_sizes: tuple[int, ...] = (1,)
+    prompt_lengths: tuple[int, ...] = (128,)
+    new_tokens: int = 16
+    rounds: int = 5
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,11 @@ class EvalOptions:
     dtype: str = "auto"
     baseline: bool = True
     text_column: str = "text"
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    speed: SpeedSettings | None = None
 
 
 def run_eval(
@@ -33,28 +56,62 @@ def run_eval(
     compute: Compute,
     force: bool,
     progress: Progress,
+    cache_requests: bool = False,
 ) -> tuple[EvalReport, bool]:
-    """Stage 4: figures of a checkpoint, and of the dense one that it was pruned from."""
+    """Stage 4: figures of a checkpoint, and of the dense one that it was pruned from.
+
+    A report in which tasks failed is never up to date, so the next call tries them again.
+    """
     if options.seqlen < 2:
         raise UsageError("--seqlen must be at least 2")
     for text in options.perplexity:
         check_source(text, "--perplexity")
+    found = _existing_report(out)
+    manager = _checked_tasks(options, found)
     checkpoint = open_checkpoint(checkpoint_name, Hub(trust_remote_code=hub.trust_remote_code))
-    made_by = (checkpoint.config.get("flap") or {}).get("made_by", {}) if checkpoint.path.is_dir() else {}
+    made_by = made_by_of(checkpoint)
     texts = list(options.perplexity) or [_default_perplexity(checkpoint, made_by, progress)]
-    dense = _dense_of(made_by, model, hub) if options.baseline else None
-    settings = asdict(options) | {
+    dense = dense_of(made_by, model, hub) if options.baseline else None
+    settings = json.loads(json.dumps(asdict(options))) | {
         "perplexity": texts,
+        "task_files": files_sha256(Path(options.include_path)) if options.include_path else None,
         "texts": {text: source_sha256(text) for text in texts},
         "fingerprint": checkpoint.fingerprint,
         "baseline": dense.fingerprint if dense else None,
     }
-    found = _existing_report(out)
-    if found and not force and found.settings == settings:
+    if found and not force and found.settings == settings and not found.task_failures:
         return found, True
-    report = _measure(checkpoint, dense, texts, options, compute, settings, progress)
+    tasks = _Tasks(options, manager, cache_requests, rewrite=force) if options.tasks else None
+    report = _measure(checkpoint, dense, texts, options, compute, settings, progress, tasks)
     save_report(out, report)
     return report, False
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """Tasks to load once the models are known to be there."""
+
+    options: EvalOptions
+    manager: "TaskManager | None"
+    cache_requests: bool
+    rewrite: bool
+
+    def load(self, progress: Progress) -> Any:
+        from flapcli.evaluate.tasks import TaskOptions, load_tasks
+
+        folder = Path(self.options.include_path) if self.options.include_path else None
+        loaded = load_tasks(self.options.tasks, self.manager or task_manager(self.options.tasks, folder), progress)
+        how = TaskOptions(self.options.limit, self.options.num_fewshot, self.cache_requests, self.rewrite, folder)
+        return loaded, how
+
+
+def _checked_tasks(options: EvalOptions, found: EvalReport | None) -> "TaskManager | None":
+    """lm-eval's index, once it knows every task's name; None where the report shows that it does."""
+    if not options.tasks or (found and found.settings.get("tasks") == list(options.tasks)):
+        return None
+    manager = task_manager(options.tasks, Path(options.include_path) if options.include_path else None)
+    check_names(options.tasks, manager)
+    return manager
 
 
 def _measure(
@@ -65,15 +122,22 @@ def _measure(
     compute: Compute,
     settings: dict[str, Any],
     progress: Progress,
+    tasks: _Tasks | None,
 ) -> EvalReport:
     import torch
 
     from flapcli.device import pick_device, pick_dtype
     from flapcli.evaluate.measure import measure_model
+    from flapcli.evaluate.speed import check_lengths
 
     device = pick_device(compute.device)
     on_cpu = options.dtype == "auto" and device.type == "cpu"
     dtype = torch.float32 if on_cpu else pick_dtype(options.dtype, device)
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    if options.speed:
+        check_lengths([checkpoint, dense] if dense else [checkpoint], _speed_options(options.speed))
+    loaded = tasks.load(progress) if tasks else None
     measured = {
         label: measure_model(
             which,
@@ -85,13 +149,54 @@ def _measure(
             compute.batch_size,
             progress,
             label,
+            loaded,
         )
         for label, which in (("pruned" if dense else "model", checkpoint), ("dense", dense))
         if which is not None
     }
     baseline = measured.pop("dense", None)
     [pruned] = measured.values()
-    return EvalReport(**pruned.model_dump(), baseline=baseline, settings=settings, versions=versions())
+    speedup = _time(checkpoint, dense, pruned, baseline, options.speed, device, dtype, progress)
+    return EvalReport(**pruned.model_dump(), baseline=baseline, speedup=speedup, settings=settings, versions=versions())
+
+
+def _time(
+    checkpoint: Checkpoint,
+    dense: Checkpoint | None,
+    pruned: Measurement,
+    baseline: Measurement | None,
+    asked: SpeedSettings | None,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    progress: Progress,
+) -> list[Speedup]:
+    """Add speed and memory to both measurements; returns the pruned model's gains."""
+    if asked is None:
+        return []
+    from flapcli.device import dtype_name
+    from flapcli.evaluate.memory import peak_memory
+    from flapcli.evaluate.speed import DENSE, PRUNED, measure_speed
+
+    options = _speed_options(asked)
+    checkpoints = {PRUNED: checkpoint} | ({DENSE: dense} if dense else {})
+    details, speedup = measure_speed(checkpoints, options, device, dtype, progress)
+    for label, measurement in ((PRUNED, pruned), (DENSE, baseline)):
+        if measurement is None:
+            continue
+        first = details[label].cases[0]
+        measurement.speed_details = details[label]
+        measurement.speed = {
+            "prefill_tokens_per_second": first.prefill.median,
+            "decode_tokens_per_second": first.decode.median,
+            "peak_memory_bytes": peak_memory(checkpoints[label], options, str(device), dtype_name(dtype)),
+        }
+    return speedup
+
+
+def _speed_options(asked: SpeedSettings) -> "SpeedOptions":
+    from flapcli.evaluate.speed import SpeedOptions
+
+    return SpeedOptions(asked.batch_sizes, asked.prompt_lengths, asked.new_tokens, asked.rounds)
 
 
 def _default_perplexity(checkpoint: Checkpoint, made_by: dict[str, Any], progress: Progress) -> str:
@@ -104,7 +209,12 @@ def _default_perplexity(checkpoint: Checkpoint, made_by: dict[str, Any], progres
     return text
 
 
-def _dense_of(made_by: dict[str, Any], model: str | None, hub: Hub) -> Checkpoint | None:
+def made_by_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a pruned folder records of its making; empty for any other checkpoint."""
+    return (checkpoint.config.get("flap") or {}).get("made_by", {}) if checkpoint.path.is_dir() else {}
+
+
+def dense_of(made_by: dict[str, Any], model: str | None, hub: Hub) -> Checkpoint | None:
     """The checkpoint that a pruned folder was made from. Raises FlapError where it is another by now."""
     if not made_by and not model:
         return None

@@ -40,6 +40,7 @@ def write_stats(
 ) -> StatsHeader:
     """Measure and write `out`, going on where a killed run of the same stopped; `force` begins anew."""
     quiet_transformers()
+    checkpoint.shape  # noqa: B018  an unknown family or a corrupt checkpoint is refused before any text is asked for
     ranks = ranks or Ranks(0, 1, 0)
     progress = Silent() if ranks.rank else progress
     device = _device(compute.device, ranks)

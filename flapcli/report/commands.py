@@ -1,0 +1,61 @@
+"""The commands that make a run anew, from what its artifacts record. No torch."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from flapcli.plan import Plan
+from flapcli.stats import StatsHeader
+
+APPLY = ("compensate", "mask_only", "dtype", "max_shard_size")
+
+
+def calibrate_command(header: StatsHeader, run_dir: str) -> str:
+    options = {key: value for key, value in header.settings.items() if key != "text_column" or value != "text"}
+    return _join("calibrate", [header.model.name], run_dir, options | {"revision": header.model.revision})
+
+
+def plan_command(plan: Plan, run_dir: str) -> str:
+    """Baselines fix metric and structure themselves, so only flap's are spelled out."""
+    options: dict[str, Any] = {"method": plan.method, "ratio": plan.ratio.requested}
+    if plan.method == "flap":
+        options |= {"metric": plan.metric, "structure": plan.structure}
+    return _join("plan", [], run_dir, options | plan.settings)
+
+
+def apply_command(made_by: Mapping[str, Any], run_dir: str) -> str:
+    return _join("apply", [], run_dir, {key: made_by.get(key) for key in APPLY})
+
+
+def eval_command(settings: Mapping[str, Any], run_dir: str) -> str:
+    options: dict[str, Any] = {
+        "perplexity": settings.get("perplexity", []),
+        "tasks": ",".join(settings.get("tasks") or []) or None,
+        **{key: settings.get(key) for key in ("include_path", "limit", "num_fewshot", "seqlen", "dtype")},
+        "no_baseline": settings.get("baseline") is None,
+    }
+    speed = settings.get("speed")
+    if speed:
+        options |= {
+            "speed": True,
+            "speed_batch_sizes": ",".join(map(str, speed["batch_sizes"])),
+            "speed_lengths": ",".join(map(str, speed["prompt_lengths"])),
+            "speed_new_tokens": speed["new_tokens"],
+            "speed_rounds": speed["rounds"],
+            "threads": speed["threads"],
+        }
+    return _join("eval", [], run_dir, options)
+
+
+def _join(command: str, arguments: list[str], run_dir: str, options: Mapping[str, Any]) -> str:
+    """One line for a shell: flags where True, repeated options for lists, nothing for None and False."""
+    parts = ["flap", command, *arguments, "-d", run_dir]
+    for key, value in options.items():
+        name = f"--{key.replace('_', '-')}"
+        if value is True:
+            parts.append(name)
+        elif isinstance(value, list | tuple):
+            parts += [part for item in value for part in (name, str(item))]
+        elif value is not None and value is not False:
+            parts += [name, str(value)]
+    return shlex.join(parts)

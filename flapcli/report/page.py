@@ -1,0 +1,176 @@
+"""One self-contained HTML page of a run: no network, no script. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from flapcli import __version__
+from flapcli.compare import compare
+from flapcli.errors import FlapError
+from flapcli.evaluate.report import EvalReport, load_report
+from flapcli.evaluate.table import averaged, cost_rows, models_of, quality_rows, speed_lines
+from flapcli.plan import Plan, load_plan
+from flapcli.report import plots
+from flapcli.report.commands import apply_command, calibrate_command, eval_command, plan_command
+from flapcli.rundir import RunDir, atomic_file, sha256
+from flapcli.stats import Stats, StatsHeader, load_stats
+
+
+def write_page(run_dir: Path, out: Path, others: list[Path]) -> None:
+    """Write the page of a run folder to `out`, `others` compared with it.
+
+    Raises FlapError where the folder holds neither plan nor evaluation, or an artifact is broken.
+    """
+    run = RunDir(run_dir)
+    stats = load_stats(run.stats) if run.stats.exists() else None
+    plan = load_plan(run.plan) if run.plan.exists() else None
+    report = load_report(run.eval) if run.eval.exists() else None
+    if not (plan or report):
+        raise FlapError(f"{run_dir} holds neither plan.yaml nor eval.json: `flap run` makes them")
+    made_by = _made_by(run)
+    name = plan.model.name if plan else report.checkpoint if report else ""
+    html = _environment().get_template("page.html").render(
+        title=Path(name).name,
+        name=name,
+        version=__version__,
+        warnings=_mismatches(run, plan, stats, made_by),
+        tiles=_tiles(plan, report),
+        plan=plan,
+        layers=_layers(plan) if plan else [],
+        kept=_svg(plots.kept_picture, plan),
+        scores=_svg(plots.score_picture, stats, plan) if stats else None,
+        report=report,
+        models=list(models_of(report)) if report else [],
+        quality=quality_rows(report) if report else [],
+        tasks=_svg(plots.task_picture, report),
+        costs=cost_rows(report) if report else [],
+        speed=_svg(plots.speed_picture, report),
+        speed_lines=speed_lines(report) if report else [],
+        comparison=compare([run_dir, *others]) if others else None,
+        settings=_settings(stats, plan, made_by, report),
+        versions=_versions(stats, report),
+        commands=_commands(stats.header if stats else None, plan, made_by, report, str(run_dir)),
+    )  # fmt: skip
+    with atomic_file(out) as scratch:
+        scratch.write_text(html, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=PackageLoader("flapcli.report", "."), autoescape=True, trim_blocks=True)
+    environment.filters["number"] = number
+    return environment
+
+
+def _svg(draw: Any, *arguments: Any) -> Markup | None:
+    """A picture of what is there; matplotlib escapes the text in it."""
+    if any(argument is None for argument in arguments):
+        return None
+    picture = plots.svg(draw, *arguments)
+    return Markup(picture) if picture else None
+
+
+def number(value: Any) -> str:
+    """A figure as people read it: thousands set apart, four significant digits, a dash for what is missing."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4f}"
+
+
+def _made_by(run: RunDir) -> dict[str, Any]:
+    try:
+        return json.loads((run.pruned / "config.json").read_bytes())["flap"]["made_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _mismatches(run: RunDir, plan: Plan | None, stats: Stats | None, made_by: dict[str, Any]) -> list[str]:
+    """Artifacts that do not belong together, so that no reader takes one's figures for another's."""
+    found = []
+    if plan and stats and sha256(run.stats) != plan.stats.sha256:
+        found.append("plan.yaml was made from other statistics than stats.safetensors: run `flap plan` again")
+    if plan and made_by and made_by.get("plan_sha256") != sha256(run.plan):
+        found.append("pruned/ was made by another plan than plan.yaml: run `flap apply` again")
+    if run.eval.exists() and (run.pruned / "config.json").exists():
+        from flapcli.checkpoint import open_checkpoint
+
+        report = load_report(run.eval)
+        if report.settings.get("fingerprint") != open_checkpoint(str(run.pruned)).fingerprint:
+            found.append("eval.json is of another checkpoint than pruned/: run `flap eval` again")
+    return found
+
+
+def _tiles(plan: Plan | None, report: EvalReport | None) -> list[tuple[str, str, str]]:
+    """Heading, figure and what it was before, for the top of the page."""
+    tiles = []
+    if plan:
+        tiles.append(("prunable weights removed", f"{plan.ratio.achieved:.2%}", f"asked {plan.ratio.requested:.2%}"))
+    if report:
+        dense = report.baseline
+        tiles.append(("parameters", f"{report.size.parameters:,}", f"dense {dense.size.parameters:,}" if dense else ""))
+        for text, value in report.perplexity.items():
+            before = f"dense {dense.perplexity[text]:.2f}" if dense else ""
+            tiles.append((f"perplexity {Path(text).name}", f"{value:.2f}", before))
+        if averaged(report) > 1:
+            before = f"dense {dense.task_average:.4f}" if dense and dense.task_average is not None else ""
+            tiles.append((f"average of {averaged(report)} tasks", f"{report.task_average:.4f}", before))
+        if report.speedup:
+            gain = report.speedup[0]
+            tiles.append(("decode speed", f"{gain.decode.median:.2f}x", f"possible {gain.decode_possible:.2f}x"))
+    return tiles
+
+
+def _layers(plan: Plan) -> list[tuple[int, str, str]]:
+    rows = zip(plan.layers, plan.counts("attention"), plan.counts("mlp"), strict=True)
+    return [(layer.index, f"{a} of {layer.attention.of}", f"{m:,} of {layer.mlp.of:,}") for layer, a, m in rows]
+
+
+def _settings(
+    stats: Stats | None, plan: Plan | None, made_by: dict[str, Any], report: EvalReport | None
+) -> dict[str, dict[str, Any]]:
+    """What was asked of every stage; long fingerprints cut short."""
+    found: dict[str, dict[str, Any]] = {}
+    if stats:
+        found["calibrate"] = stats.header.calibration.model_dump()
+    if plan:
+        found["plan"] = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
+    if made_by:
+        keys = ("version", "compensate", "mask_only", "dtype", "max_shard_size", "plan_sha256", "stats_sha256")
+        found["apply"] = {key: made_by.get(key) for key in keys}
+    if report:
+        found["eval"] = report.settings
+    return {stage: {key: _brief(value) for key, value in values.items()} for stage, values in found.items()}
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_brief(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_brief, value)) or "none"
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text
+
+
+def _versions(stats: Stats | None, report: EvalReport | None) -> dict[str, str]:
+    return (stats.header.versions if stats else {}) | (report.versions if report else {})
+
+
+def _commands(
+    header: StatsHeader | None, plan: Plan | None, made_by: dict[str, Any], report: EvalReport | None, run_dir: str
+) -> list[str]:
+    found = []
+    if header:
+        found.append(calibrate_command(header, run_dir))
+    if plan:
+        found.append(plan_command(plan, run_dir))
+    if made_by:
+        found.append(apply_command(made_by, run_dir))
+    if report:
+        found.append(eval_command(report.settings, run_dir))
+    return found
