@@ -8,7 +8,19 @@ import yaml
 from flapcli.checkpoint.source import DEMO, DEMO_HUB_ID
 from flapcli.evaluate.report import EvalReport
 from flapcli.families import Family, GgufExport, families
-from flapcli.plan import Plan
+from flapcli.plan import Plan, load_plan
+from flapcli.rundir import atomic_file
+
+MARK = "<!-- Written by flap, and anew by `flap eval`; remove this line to keep text of your own. -->"
+
+
+def renew_card(folder: Path, config: dict[str, Any], report: EvalReport) -> None:
+    """Put measured perplexities into the card of a pruned folder, unless its owner took the card over."""
+    path = folder / "README.md"
+    if path.exists() and MARK in path.read_text(encoding="utf-8"):
+        card = model_card(config, load_plan(folder / "plan.yaml"), report)
+        with atomic_file(path) as scratch:
+            scratch.write_text(card, encoding="utf-8")
 
 
 def model_card(config: dict[str, Any], plan: Plan, report: EvalReport | None) -> str:
@@ -18,6 +30,7 @@ def model_card(config: dict[str, Any], plan: Plan, report: EvalReport | None) ->
     source = made_by["model"]["name"]
     sections = [
         f"---\n{yaml.safe_dump(_metadata(made_by), sort_keys=False)}---",
+        MARK,
         f"# {Path(source).stem}, pruned by flap",
         _summary(plan, made_by),
         _table(plan, flap, made_by),

@@ -91,6 +91,18 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr
 
 
+def test_eval_puts_perplexities_into_the_card(tiny, prune, flap, text_file, tmp_path):
+    run = prune(tiny("llama-gqa"), tmp_path / "run")
+    flap("eval", "-d", run, "--perplexity", text_file, "--seqlen", 16)
+    report = json.loads((run / "eval.json").read_text())
+    card = (run / "pruned" / "README.md").read_text()
+    dense = report["baseline"]["perplexity"][str(text_file)]
+    assert f"| topics.txt | {report['perplexity'][str(text_file)]:.2f} | {dense:.2f} |" in card
+    (run / "pruned" / "README.md").write_text("my own card")
+    flap("eval", "-d", run, "--perplexity", text_file, "--seqlen", 17)
+    assert (run / "pruned" / "README.md").read_text() == "my own card"
+
+
 def test_the_model_card_is_in_the_hubs_form(tiny, prune, tmp_path):
     run = prune(tiny("llama-gqa"), tmp_path / "run")
     text = (run / "pruned" / "README.md").read_text()

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flapcli.card import renew_card
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.corpus import check_source, source_sha256
 from flapcli.errors import FlapError, UsageError
@@ -84,6 +85,8 @@ def run_eval(
     tasks = _Tasks(options, manager, cache_requests, rewrite=force) if options.tasks else None
     report = _measure(checkpoint, dense, texts, options, compute, settings, progress, tasks)
     save_report(out, report)
+    if made_by:
+        renew_card(checkpoint.path, checkpoint.config, report)
     return report, False
 
 
