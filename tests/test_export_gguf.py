@@ -232,7 +232,8 @@ def test_modelfile(flap, tmp_path):
 
 def test_kquants_advice(tiny):
     shape = open_checkpoint(str(tiny("llama-gqa"))).shape
-    even = shape.model_copy(update={"hidden_size": 512, "layers": (LayerShape(32, 16, 512),) * 3})
+    even = shape.model_copy(update={"hidden_size": 512, "intermediate_size": 512, "num_key_value_heads": 16,
+                                      "num_attention_heads": 32, "layers": (LayerShape(32, 16, 512),) * 3})  # fmt: skip
     assert advice(even) == []
     uneven = even.model_copy(update={"layers": (LayerShape(32, 16, 512), LayerShape(30, 15, 288), LayerShape(0, 0, 7))})
     mlp, attention = advice(uneven)
@@ -242,6 +243,8 @@ def test_kquants_advice(tiny):
     assert "--round-to 32 only the F16" in mlp
     assert attention.startswith("attn_output of 1 of 3 layers (1)")
     assert "--heads-multiple-of 16" in attention  # a KV group of 2 heads of 8 channels
+    few = uneven.model_copy(update={"num_attention_heads": 16, "num_key_value_heads": 8})
+    assert "no plan avoids it" in advice(few)[1]
 
 
 def write_gguf(path: Path, folder: Path, factors: np.ndarray) -> None:

@@ -16,15 +16,17 @@ def advice(shape: ModelShape) -> list[str]:
     lines = []
     per_unit = shape.channels_per_unit("attention")
     heads = K_BLOCK // gcd(K_BLOCK, per_unit)
-    for name, row, remedy in (
-        ("ffn_down", [s.intermediate_size for s in shape.layers], f"--round-to {K_BLOCK}"),
-        ("attn_output", [s.num_key_value_heads * per_unit for s in shape.layers], f"--heads-multiple-of {heads}"),
-    ):
+    for name, row, multiple, of, option in (
+        ("ffn_down", [s.intermediate_size for s in shape.layers], K_BLOCK, shape.intermediate_size, "--round-to"),
+        ("attn_output", [s.num_key_value_heads * per_unit for s in shape.layers], heads, shape.num_key_value_heads,
+         "--heads-multiple-of"),
+    ):  # fmt: skip
         loose, odd = ([i for i, n in enumerate(row) if n % block] for block in (K_BLOCK, OLD_BLOCK))
         if loose:
             text = f"{name} of {_layers(loose, len(row))} has rows that are no multiple of {K_BLOCK}: K-quants will "
             text += "store it in an older type" + (f", that of {_layers(odd, len(row))} in F16 " if odd else " ")
-            lines.append(text + f"(`flap plan {remedy}` avoids it" + (_cheaper(name) if odd else "") + ")")
+            remedy = f"`flap plan {option} {multiple}` avoids it" if multiple <= of else "no plan avoids it"
+            lines.append(text + f"({remedy}{_cheaper(name) if odd else ''})")
     if shape.hidden_size % K_BLOCK:
         lines.append(f"the hidden size {shape.hidden_size} is no multiple of {K_BLOCK}: all other weights fall back to "
                      "an older type too, whatever the plan")  # fmt: skip
