@@ -22,6 +22,7 @@ from flapcli.errors import FlapError
 from flapcli.moments import Moments
 
 BEAT, GRACE = 0.5, 3.0  # seconds between signs of life; without one for so long while things fail: dead
+TRANSFER = 600.0  # seconds that one exchange may take once all ranks are at it
 LOST = (RuntimeError, OSError)  # what torch raises where a peer or the store is gone
 
 
@@ -61,20 +62,41 @@ class Ranks:
         return self
 
     def _join(self) -> None:
-        from torch.distributed.rendezvous import rendezvous
-
-        timeout = timedelta(seconds=self.limit)
+        absent = f"rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
-            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            store = self._meeting_place()
             self._store = dist.PrefixStore("flap", store)
             self._store.set(f"host/{self.rank}", socket.gethostname())
+            end = time.monotonic() + self.limit
+            while missing := [rank for rank in range(self.size) if not self._store.check([f"host/{rank}"])]:
+                if time.monotonic() > end:
+                    absent = ", ".join(f"rank {rank}" for rank in missing)
+                    raise TimeoutError
+                time.sleep(0.01)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+            transfer = timedelta(seconds=max(self.limit, TRANSFER))
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=transfer)
         except LOST as error:
-            raise RankError(f"{self._me()}: {self._absent()} did not come within {self.limit:.0f} s") from error
+            raise RankError(f"{self._me()}: {absent} did not come within {self.limit:.0f} s") from error
         self._beats.start()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminated)
+
+    def _meeting_place(self) -> dist.Store:
+        """The store at MASTER_ADDR: torchrun's agent holds it, else rank 0 does."""
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Unlike init_method="env://" this does not wait for all to come, so that the absent can be named.
+        store = dist.TCPStore(
+            *place,
+            self.size,
+            self.rank == 0 and not agent,
+            timedelta(seconds=self.limit),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        # An agent that starts ranks again keeps what the ranks before them wrote.
+        return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.size == 1:
@@ -82,10 +104,8 @@ class Ranks:
         with contextlib.suppress(*LOST):
             if error is None:
                 self._leave()
-            elif not isinstance(error, RankError):
-                self._store.set(f"failed/{self.rank}", str(error) or type(error).__name__)
-                self._store.set("failed", b"1")
-                time.sleep(2 * BEAT)  # rank 0 may hold the store: let the others read the reason
+            elif self._store is not None:
+                self._tell(error)
         self._stop.set()
         if error is None:
             dist.destroy_process_group()
@@ -99,6 +119,13 @@ class Ranks:
             if self._store.check([f"left/{rank}" for rank in range(self.size)]):
                 return
             time.sleep(0.01)
+
+    def _tell(self, error: BaseException) -> None:
+        """Say to the others why this ends, unless another rank did; rank 0, which may hold the store, stays for it."""
+        own = f"{self._names([self.rank])} failed: {str(error) or type(error).__name__}"
+        if not self._store.check(["verdict"]):
+            self._store.set("verdict", str(error) if isinstance(error, RankError) else own)
+        time.sleep(GRACE if self.rank == 0 else 0)
 
     def agree(self, value: Any) -> list[Any]:
         """Every rank's value (JSON), in rank order; also a barrier."""
@@ -119,6 +146,7 @@ class Ranks:
         """On rank 0 the moments of all ranks, merged in rank order; elsewhere meaningless."""
         if self.size == 1:
             return moments
+        self.agree(None)  # waits for slower ranks by their signs of life, where torch would wait by the clock
         channels = len(moments.mean)
         packed = torch.cat([torch.tensor([moments.count], dtype=torch.float64), moments.mean, moments.m2])
         parts = [torch.empty_like(packed) for _ in range(self.size)] if self.rank == 0 else None
@@ -150,8 +178,8 @@ class Ranks:
             return
         self._next_check = time.monotonic() + BEAT
         try:
-            if self._store.check(["failed"]):
-                raise RankError(self._blame())
+            if self._store.check(["verdict"]):
+                raise RankError(self._store.get("verdict").decode())
             silent = self._silent(self.limit)
         except LOST as error:
             raise self._lost(error) from error
@@ -182,29 +210,19 @@ class Ranks:
         return error if isinstance(error, RankError) else RankError(self._blame())
 
     def _blame(self) -> str:
-        """Who failed and why, else who is silent; watches for a few seconds to tell the dead from the living."""
+        """What another rank found, else who is silent; watches for a few seconds to tell the dead from the living."""
         try:
             end = time.monotonic() + 2 * GRACE
             self._seen.clear()
             while time.monotonic() < end:
-                failed = [r for r in range(self.size) if self._store.check([f"failed/{r}"]) and r != self.rank]
-                if failed:
-                    reason = self._store.get(f"failed/{failed[0]}").decode()
-                    return f"{self._names(failed[:1])} failed: {reason}"
+                if self._store.check(["verdict"]):
+                    return self._store.get("verdict").decode()
                 if silent := self._silent(GRACE):
                     return f"{self._names(silent)} died: {self._next_step()}"
                 time.sleep(BEAT / 2)
         except LOST:
             return f"rank 0 of {self.size}, or the machine that brought the ranks together, died: {self._next_step()}"
         return f"{self._me()} was told to stop, or lost its connection: {self._next_step()}"
-
-    def _absent(self) -> str:
-        """Ranks that never said where they are."""
-        try:
-            here = [rank for rank in range(self.size) if self._store.check([f"host/{rank}"])]
-        except (AttributeError, *LOST):
-            return f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return ", ".join(f"rank {rank}" for rank in range(self.size) if rank not in here) or "some rank"
 
     def _names(self, ranks: list[int]) -> str:
         hosts = [self._store.get(f"host/{rank}").decode() for rank in ranks]

@@ -83,7 +83,8 @@ class Recorder:
         for key, (moments, product) in self._batch.items():
             self.moments[key].merge(moments)
             if product is not None:
-                self.grams[key] = self.grams[key].add_(product) if key in self.grams else product
+                known = self.grams.get(key)
+                self.grams[key] = product if known is None else known.to(product.device).add_(product)
         self._batch.clear()
 
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
