@@ -1,14 +1,14 @@
 """Stage 3: slice a checkpoint by a plan, tensor by tensor; the model is never built."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.checkpoint.write import plan_shards, retyped, write_shards
-from flapcli.compensate import bias_correction
+from flapcli.compensate import DEFAULT_RIDGE, Fit, least_squares, mean_bias, no_compensation
 from flapcli.errors import FlapError
 from flapcli.plan import Plan, check_belongs
 from flapcli.progress import Progress
@@ -33,33 +33,65 @@ class Job:
 class Cut:
     """One module of one layer: which channels of its output projection stay, which go."""
 
+    layer: int
     module: Module
     kept_units: torch.Tensor
     kept: torch.Tensor
     pruned: torch.Tensor
 
 
-def jobs(checkpoint: Checkpoint, plan: Plan, stats: Stats | None, mask_only: bool, dtype: str | None) -> list[Job]:
+@dataclass
+class Compensation:
+    """How pruned channels are made up for; `errors` gathers what least squares says of each module.
+
+    `kind` is none, bias or lstsq; all but none read `stats`, lstsq its Gram matrices too.
+    """
+
+    kind: str
+    stats: Stats | None = None
+    ridge: float = DEFAULT_RIDGE
+    lstsq_bias: bool = True
+    errors: dict[tuple[int, Module], tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def adds_bias(self) -> bool:
+        return self.kind == "bias" or (self.kind == "lstsq" and self.lstsq_bias)
+
+    def fit(self, weight: torch.Tensor, cut: Cut) -> Fit:
+        """The kept columns of an output projection and what its bias gains."""
+        if self.kind == "none" or self.stats is None:
+            return no_compensation(weight, cut.kept)
+        mean = torch.from_numpy(self.stats.modules[cut.layer, cut.module].mean)
+        if self.kind == "bias":
+            return mean_bias(weight, cut.kept, cut.pruned, mean)
+        gram = torch.from_numpy(self.stats.gram(cut.layer, cut.module))
+        fit = least_squares(weight, cut.kept, cut.pruned, mean, gram, self.ridge, self.lstsq_bias)
+        if fit.before is not None and fit.after is not None:
+            self.errors[cut.layer, cut.module] = (fit.before, fit.after)
+        return fit
+
+
+def jobs(
+    checkpoint: Checkpoint, plan: Plan, compensation: Compensation, mask_only: bool, dtype: str | None
+) -> list[Job]:
     """Everything that goes into the pruned checkpoint, in the source's order, decided from headers alone.
 
-    `stats` given: biases compensate for the pruned channels' mean (else nothing does).
-    Raises FlapError where plan, statistics and checkpoint do not fit.
+    Raises FlapError where plan and checkpoint do not fit.
     """
     shape = checkpoint.shape
     check_belongs(plan, shape, Path("plan"))
     bad = [spec for spec in checkpoint.tensors.values() if spec.dtype not in TORCH_DTYPES]
     if bad:
-        raise FlapError(
-            f"{checkpoint.name}: tensor {bad[0].name} is {bad[0].dtype}; flap slices F32, F16, BF16 and F64"
-        )
+        kinds = ", ".join(TORCH_DTYPES)
+        raise FlapError(f"{checkpoint.name}: tensor {bad[0].name} is {bad[0].dtype}; flap slices {kinds}")
     code = DTYPE_CODES[dtype] if dtype else None
     made: dict[str, Job] = {}
     done: set[str] = set()
     for layer in range(shape.num_layers):
         for module in MODULES:
             cut = _cut(checkpoint, plan, layer, module)
-            for name, job in _module_jobs(checkpoint, layer, cut, stats, mask_only, code):
-                made[name] = job
+            made |= _producer_jobs(checkpoint, cut, mask_only, code)
+            made |= _output_job(checkpoint, cut, compensation, mask_only, code)
             done |= _module_tensors(checkpoint, layer, module)
         if not mask_only:
             done |= _orphans(checkpoint, plan, layer)
@@ -70,6 +102,11 @@ def jobs(checkpoint: Checkpoint, plan: Plan, stats: Stats | None, mask_only: boo
         elif name not in done:
             ordered.append(_copy(checkpoint, retyped(spec, code)))
     return ordered + list(made.values())
+
+
+def zeros(specs: list[TensorSpec]) -> list[Job]:
+    """Tensors of zeros, which a stock configuration asks for."""
+    return [Job((spec,), lambda spec=spec: (torch.zeros(spec.shape),)) for spec in specs]  # type: ignore[misc]
 
 
 def write(folder: Path, work: list[Job], max_shard_size: int, progress: Progress) -> None:
@@ -95,7 +132,7 @@ def _cut(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module) -> Cut:
     kept = _rows_of(units, checkpoint.shape.channels_per_unit(module))
     stays = torch.zeros(channels, dtype=torch.bool)
     stays[kept] = True
-    return Cut(module, units, kept, torch.nonzero(~stays).flatten())
+    return Cut(layer, module, units, kept, torch.nonzero(~stays).flatten())
 
 
 def _rows_of(units: torch.Tensor, rows_per_unit: int) -> torch.Tensor:
@@ -103,59 +140,62 @@ def _rows_of(units: torch.Tensor, rows_per_unit: int) -> torch.Tensor:
     return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit)).flatten()
 
 
-def _module_jobs(
-    checkpoint: Checkpoint, layer: int, cut: Cut, stats: Stats | None, mask_only: bool, code: str | None
-) -> Iterator[tuple[str, Job]]:
-    """Jobs of a module's projections, each under the source tensor whose place it takes."""
-    shape, tensors = checkpoint.shape, checkpoint.tensors
-    prefix = checkpoint.family.layer.format(i=layer)
-    description = checkpoint.family.module(cut.module)
-    emptied = len(cut.kept) == 0 and not mask_only
-    for producer, size in description.producers.items():
-        per_unit = shape.channels_per_unit(cut.module) if size != "num_key_value_heads" else shape.head_dim
+def _producer_jobs(checkpoint: Checkpoint, cut: Cut, mask_only: bool, code: str | None) -> dict[str, Job]:
+    """Rows of the projections that produce the channels, and their biases' entries."""
+    shape, found = checkpoint.shape, {}
+    if len(cut.kept) == 0 and not mask_only:
+        return {}
+    for producer, size in checkpoint.family.module(cut.module).producers.items():
+        per_unit = shape.head_dim if size == "num_key_value_heads" else shape.channels_per_unit(cut.module)
         rows = _rows_of(cut.kept_units, per_unit)
         for suffix in ("weight", "bias"):
-            name = f"{prefix}.{producer}.{suffix}"
-            if name in tensors and not emptied:
-                yield name, _slice(checkpoint, retyped(tensors[name], code), rows, 0, mask_only)
-    weight = f"{prefix}.{description.output}.weight"
-    bias = f"{prefix}.{description.output}.bias"
-    source = tensors.get(weight)
-    if source is not None and not emptied:
-        yield weight, _slice(checkpoint, retyped(source, code), cut.kept, 1, mask_only)
-    if stats is not None or bias in tensors:
-        like = source or tensors.get(bias) or next(iter(tensors.values()))
-        spec = TensorSpec(bias, (shape.hidden_size,), code or like.dtype)
-        yield bias, _bias(checkpoint, spec, weight, layer, cut, stats)
+            name = f"{checkpoint.family.layer.format(i=cut.layer)}.{producer}.{suffix}"
+            if name in checkpoint.tensors:
+                found[name] = _rows(checkpoint, retyped(checkpoint.tensors[name], code), rows, mask_only)
+    return found
 
 
-def _slice(checkpoint: Checkpoint, spec: TensorSpec, kept: torch.Tensor, axis: int, mask_only: bool) -> Job:
-    """Keep some rows (axis 0) or columns (axis 1); masked, the others become zeros in place."""
+def _rows(checkpoint: Checkpoint, spec: TensorSpec, kept: torch.Tensor, mask_only: bool) -> Job:
+    """Keep some rows; masked, the others become zeros in place."""
     if mask_only:
-
-        def mask() -> tuple[torch.Tensor, ...]:
-            tensor = checkpoint.read(spec.name)
-            masked = torch.zeros_like(tensor)
-            return (masked.index_copy_(axis, kept, tensor.index_select(axis, kept)),)
-
-        return Job((spec,), mask)
-    sizes = tuple(len(kept) if i == axis else size for i, size in enumerate(spec.shape))
-    return Job((replace(spec, shape=sizes),), lambda: (checkpoint.read(spec.name).index_select(axis, kept),))
+        return Job((spec,), lambda: (_scatter(checkpoint.read(spec.name)[kept], kept, 0, spec.shape),))
+    sliced = replace(spec, shape=(len(kept), *spec.shape[1:]))
+    return Job((sliced,), lambda: (checkpoint.read(spec.name)[kept],))
 
 
-def _bias(checkpoint: Checkpoint, spec: TensorSpec, weight: str, layer: int, cut: Cut, stats: Stats | None) -> Job:
-    """The output projection's bias: what the model had, and what the pruned channels add on average."""
+def _scatter(values: torch.Tensor, kept: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Kept rows or columns at their old places among zeros."""
+    return torch.zeros(shape, dtype=values.dtype).index_copy_(axis, kept, values)
+
+
+def _output_job(
+    checkpoint: Checkpoint, cut: Cut, compensation: Compensation, mask_only: bool, code: str | None
+) -> dict[str, Job]:
+    """Columns of the output projection and its bias, made together since compensation decides both."""
+    output = checkpoint.family.output(cut.layer, cut.module)
+    weight, bias = f"{output}.weight", f"{output}.bias"
+    source, had_bias = checkpoint.tensors.get(weight), bias in checkpoint.tensors
+    hidden_size = checkpoint.shape.hidden_size
+    like = source or next(iter(checkpoint.tensors.values()))
+    specs = []
+    if source is not None and (len(cut.kept) or mask_only):
+        columns = source.shape[1] if mask_only else len(cut.kept)
+        specs.append(retyped(replace(source, shape=(hidden_size, columns)), code))
+    if had_bias or compensation.adds_bias:
+        specs.append(TensorSpec(bias, (hidden_size,), code or like.dtype))
 
     def make() -> tuple[torch.Tensor, ...]:
-        bias = torch.zeros(spec.shape, dtype=torch.float64)
-        if spec.name in checkpoint.tensors:
-            bias += checkpoint.read(spec.name)
-        if stats is not None and len(cut.pruned):
-            mean = torch.from_numpy(stats.modules[layer, cut.module].mean)
-            bias += bias_correction(checkpoint.read(weight), cut.pruned, mean)
-        return (bias,)
+        values = {bias: torch.zeros(hidden_size, dtype=torch.float64)}
+        if had_bias:
+            values[bias] += checkpoint.read(bias)
+        if source is not None:
+            fit = compensation.fit(checkpoint.read(weight), cut)
+            values[weight] = _scatter(fit.weight, cut.kept, 1, source.shape) if mask_only else fit.weight
+            if fit.bias is not None:
+                values[bias] += fit.bias
+        return tuple(values[spec.name] for spec in specs)
 
-    return Job((spec,), make)
+    return {specs[0].name: Job(tuple(specs), make)} if specs else {}
 
 
 def _copy(checkpoint: Checkpoint, spec: TensorSpec) -> Job:

@@ -144,7 +144,10 @@ def apply(
     model: o.DenseModel = None,
     out: o.Out = None,
     compensate: o.CompensateOption = None,
+    ridge: o.Ridge = 0.01,
+    bias: o.LstsqBias = True,
     mask_only: o.MaskOnly = False,
+    remote_code: o.RemoteCode = "auto",
     dtype: o.StoreDtype = None,
     max_shard_size: o.MaxShardSize = "5GB",
     revision: o.Revision = None,
@@ -161,7 +164,7 @@ def apply(
     path = out or run_dir / "pruned"
     config, cached = run_apply(
         path, plan or run_dir / "plan.yaml", stats, model, Hub(revision, cache_dir, trust_remote_code),
-        ApplyOptions(compensate, mask_only, dtype, max_shard_size), force, _bars(),
+        ApplyOptions(compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size), force, _bars(),
     )  # fmt: skip
     _report(path, cached, as_json, config, "show_folder", config, str(path))
 
@@ -214,7 +217,10 @@ def run(
     allow_empty: o.AllowEmpty = False,
     attention_exponent: o.Exponent = None,
     compensate: o.CompensateOption = None,
+    ridge: o.Ridge = 0.01,
+    bias: o.LstsqBias = True,
     mask_only: o.MaskOnly = False,
+    remote_code: o.RemoteCode = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     dataset: o.Dataset = None,
     text_column: o.TextColumn = "text",
@@ -252,7 +258,8 @@ def run(
         (plan, {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent}),
-        (apply, {"compensate": compensate, "mask_only": mask_only, "max_shard_size": max_shard_size} | hub),
+        (apply, {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
+                 "remote_code": remote_code, "max_shard_size": max_shard_size} | hub),
         (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype}
          | where | hub),
     ]  # fmt: skip
@@ -282,6 +289,21 @@ def show(
         return
     for _, _, draw in found:
         getattr(console, draw[0])(*draw[1:])
+
+
+@command
+def push(
+    repo: str = typer.Argument(metavar="REPO", help="USER/NAME on the hub; created where it is not there."),
+    checkpoint: Path | None = typer.Argument(None, metavar="[CHECKPOINT]", help="Pruned folder [default: DIR/pruned]."),
+    run_dir: o.Run = RUN,
+    private: bool = typer.Option(False, "--private", help="Create it as a private repository."),
+    debug: o.Debug = False,
+) -> None:
+    """Upload a pruned folder to the hub; the token comes from the environment."""
+    from flapcli import console
+    from flapcli.pipeline.push import push as upload
+
+    console.note(f"uploaded: {upload(checkpoint or run_dir / 'pruned', repo, private)}")
 
 
 @command

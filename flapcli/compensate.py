@@ -3,13 +3,89 @@
 P pruned, K kept channels of one output projection with weight W (out, channels).
 """
 
+from dataclasses import dataclass
+
 import torch
 
+DEFAULT_RIDGE = 0.01
 
-def bias_correction(weight: torch.Tensor, pruned: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """W_P mu_P: what the pruned channels add to the output on average, float64 (out,).
 
-    `weight` (out, channels) of any floating dtype, `pruned` indices of P, `mean` mu (channels,).
-    Source: the paper, section "Baseline bias compensation"; METHOD.md, Compensation, bias.
+@dataclass(frozen=True)
+class Fit:
+    """The kept columns (out, |K|) as they shall be, and what is added to the bias (out,), float64.
+
+    `before` and `after`: share of the output's variance on the calibration text that is lost when the pruned
+    channels are replaced by their mean, and with this fit; None where no covariance is known.
     """
-    return weight[:, pruned].double() @ mean[pruned].double()
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    before: float | None = None
+    after: float | None = None
+
+
+def no_compensation(weight: torch.Tensor, kept: torch.Tensor) -> Fit:
+    """The kept columns as they are."""
+    return Fit(weight[:, kept], None)
+
+
+def mean_bias(weight: torch.Tensor, kept: torch.Tensor, pruned: torch.Tensor, mean: torch.Tensor) -> Fit:
+    """b' = b + W_P mu_P: the pruned channels' mean goes on acting (the paper; METHOD.md, bias).
+
+    `weight` (out, channels) of any floating dtype, `kept` and `pruned` indices, `mean` mu (channels,).
+    """
+    return Fit(weight[:, kept], weight[:, pruned].double() @ mean[pruned].double())
+
+
+def least_squares(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    pruned: torch.Tensor,
+    mean: torch.Tensor,
+    gram: torch.Tensor,
+    ridge: float,
+    with_bias: bool,
+) -> Fit:
+    """The kept channels predict the pruned ones (METHOD.md, least squares; closed-form minimiser).
+
+    With C the covariance (or, without a bias, the Gram matrix G = mean x xᵀ itself), lambda = ridge times the
+    mean of diag C_KK, and B = (C_KK + lambda I)^-1 C_KP:
+        W' = W_K + W_P Bᵀ,  b' = b + W_P mu_P - (W_P Bᵀ) mu_K.
+    Solved for (W_P Bᵀ)ᵀ, whose columns are the outputs: fewer than pruned channels in all but narrow models.
+    Float64 throughout. Where rounding leaves C_KK + lambda I indefinite, lambda grows tenfold until it is not.
+    """
+    w, mu, covariance = weight.double(), mean.double(), gram.double()
+    centred = covariance - torch.outer(mu, mu)
+    if with_bias:
+        covariance = centred
+    solution = torch.zeros(len(kept), len(w), dtype=torch.float64)
+    if len(kept) and len(pruned):
+        target = covariance[kept][:, pruned] @ w[:, pruned].T
+        solution = torch.cholesky_solve(target, _factor(covariance[kept][:, kept], ridge))
+    moved = w[:, kept] + solution.T
+    bias = w[:, pruned] @ mu[pruned] - solution.T @ mu[kept] if with_bias else None
+    change = torch.zeros_like(w)
+    change[:, pruned] = -w[:, pruned]
+    whole = _power(w, centred)
+    before = _power(change, centred)
+    change[:, kept] = solution.T
+    after = _power(change, covariance)
+    share = (lambda power: power / whole) if whole > 0 else (lambda power: 0.0)
+    return Fit(moved, bias, share(before), share(after))
+
+
+def _factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Cholesky factor of matrix + lambda I, lambda = ridge * mean of the diagonal, raised until it exists."""
+    scale = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype)
+    for _ in range(20):
+        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
+        if not failed:
+            return factor
+        ridge = max(ridge * 10, 1e-12)
+    raise ValueError("the Gram matrix is not finite")
+
+
+def _power(weight: torch.Tensor, covariance: torch.Tensor) -> float:
+    """tr(W C Wᵀ): the mean square of W x."""
+    return float(((weight @ covariance) * weight).sum())

@@ -6,7 +6,7 @@ from transformers.utils import logging
 
 from flapcli import modeling
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.checkpoint.safetensors import first_line
+from flapcli.checkpoint.folder import first_line
 from flapcli.errors import FlapError
 
 
@@ -79,7 +79,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 
 def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     """A folder pruned by flap is read by our own code, never by the code that lies in it."""
-    if "flap" in checkpoint.config and "auto_map" in checkpoint.config:
+    if "modules" in checkpoint.config.get("flap", {}):
         return getattr(modeling, f"Flap{checkpoint.family.architecture}")
     return AutoModelForCausalLM
 

@@ -19,14 +19,15 @@ class Moments:
 
     @classmethod
     def of(cls, activation: torch.Tensor) -> "Moments":
-        """Moments of a batch, (..., channels) of any floating dtype; sums in float32."""
-        x = activation.reshape(-1, activation.shape[-1]).float()
-        mean = x.mean(0)
-        deviation = x - mean
-        # The float32 mean is off by rounding; what that leaves over in the deviations is put back.
-        rest = deviation.mean(0).cpu().double()
-        m2 = deviation.square_().sum(0).cpu().double() - len(x) * rest**2
-        return cls(len(x), mean.cpu().double() + rest, m2)
+        """Moments of a batch, (..., channels) of any floating dtype."""
+        return cls.from_sums(activation.numel() // activation.shape[-1], batch_sums(activation).cpu())
+
+    @classmethod
+    def from_sums(cls, count: int, sums: torch.Tensor) -> "Moments":
+        """Moments from what `batch_sums` returned, of one module or of several side by side."""
+        mean, rest, m2 = sums.double()
+        rest /= count  # what rounding the mean to float32 left over in the deviations
+        return cls(count, mean + rest, m2 - count * rest**2)
 
     @classmethod
     def none(cls, channels: int) -> "Moments":
@@ -53,6 +54,19 @@ class Moments:
         """Mean of squares, float64 (channels,)."""
         return self.m2 / self.count + self.mean**2
 
-    @property
-    def finite(self) -> bool:
-        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.m2).all())
+    def split(self, sizes: list[int]) -> list["Moments"]:
+        """The moments of neighbouring groups of channels, each on its own."""
+        pairs = zip(self.mean.split(sizes), self.m2.split(sizes), strict=True)
+        return [Moments(self.count, mean, m2) for mean, m2 in pairs]
+
+
+def batch_sums(activation: torch.Tensor) -> torch.Tensor:
+    """Mean, sum of deviations from it and sum of their squares, (3, channels) float32 on its device.
+
+    From an activation (..., channels) of any floating dtype. Passes over a tensor that stays in the cache:
+    a one-pass sum of squares would cancel where the mean is large beside the deviation.
+    """
+    x = activation.reshape(-1, activation.shape[-1]).float()
+    mean = x.mean(0)
+    deviation = x - mean
+    return torch.stack([mean, deviation.sum(0), deviation.square_().sum(0)])

@@ -119,10 +119,16 @@ Exponent = Annotated[
 
 CompensateOption = Annotated[
     Compensate | None,
-    typer.Option(help="What makes up for pruned channels: none, bias (the paper's), lstsq (not there yet) "
-                 "[default: bias for flap, none for baselines]."),
+    typer.Option(help="What makes up for pruned channels: none, bias (the paper's), lstsq (least squares; needs "
+                 "`calibrate --gram`) [default: bias for flap, none for baselines]."),
 ]  # fmt: skip
+Ridge = Annotated[float, typer.Option(help="For lstsq: ridge, as a share of the kept channels' mean variance.")]
+LstsqBias = Annotated[bool, typer.Option("--bias/--no-bias", help="For lstsq: with biases, or without any.")]
 MaskOnly = Annotated[bool, typer.Option("--mask-only", help="Zeros in place, shapes unchanged.")]
+RemoteCode = Annotated[
+    Literal["auto", "always"],
+    typer.Option(help="auto: where every layer keeps the same sizes, write a checkpoint that needs no remote code."),
+]
 MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
 StoreDtype = Annotated[
     StoredDtype | None, typer.Option("--dtype", help="Type of the written weights [default: the source's].")

@@ -1,5 +1,6 @@
 """What both ways of calibrating share: hooks that gather moments, and the statistics made of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.errors import FlapError
-from flapcli.moments import Moments
+from flapcli.moments import Moments, batch_sums
 from flapcli.ranks import Ranks
 from flapcli.shape import MODULES, Module
 from flapcli.stats import ModuleStats
@@ -50,7 +51,9 @@ class Recorder:
         self.gram, self.device = gram, device
         self.moments: dict[Key, Moments] = {}
         self.grams: dict[Key, torch.Tensor] = {}
-        self._batch: dict[Key, tuple[Moments, torch.Tensor | None]] = {}
+        self._batch: dict[Key, torch.Tensor] = {}
+        self._products: dict[Key, torch.Tensor] = {}
+        self._tokens = 0
         shape = checkpoint.shape
         for layer in range(shape.num_layers):
             for module in MODULES:
@@ -61,31 +64,40 @@ class Recorder:
                     projection = model.get_submodule(checkpoint.family.output(layer, module))
                     projection.register_forward_pre_hook(self._hook(key))
 
-    def _hook(self, key: Key):  # type: ignore[no-untyped-def]
+    def _hook(self, key: Key) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
-            product = None
+            self._batch[key] = batch_sums(x)
+            self._tokens = len(x)
             if self.gram:
                 x32 = x.float()
-                product = x32.T @ x32
-            self._batch[key] = (Moments.of(x), product)
+                self._products[key] = x32.T @ x32
 
         return record
 
     def commit(self) -> None:
-        """Take in the last batch. Raises NotFiniteError naming the first layer with such activations."""
-        for (layer, module), (moments, _) in self._batch.items():
-            if not moments.finite:
-                raise NotFiniteError(
-                    f"activations of layer {layer}, {module} are NaN or infinite: try --dtype float32 or bfloat16, "
-                    "and check that the checkpoint's weights are finite"
-                )
-        for key, (moments, product) in self._batch.items():
-            self.moments[key].merge(moments)
-            if product is not None:
-                known = self.grams.get(key)
-                self.grams[key] = product if known is None else known.to(product.device).add_(product)
-        self._batch.clear()
+        """Take in the last batch. Raises NotFiniteError naming the first layer with such activations.
+
+        What all modules share is done for their channels side by side: small operations for each would cost
+        more than the sums.
+        """
+        if not self._batch:
+            return
+        keys = list(self._batch)
+        sums = torch.cat([self._batch[key].cpu() for key in keys], dim=1)
+        if not torch.isfinite(sums).all():
+            layer, module = next(key for key in keys if not torch.isfinite(self._batch[key]).all())
+            raise NotFiniteError(
+                f"activations of layer {layer}, {module} are NaN or infinite: try --dtype float32 or bfloat16, "
+                "and check that the checkpoint's weights are finite"
+            )
+        parts = Moments.from_sums(self._tokens, sums).split([self._batch[key].shape[1] for key in keys])
+        for key, part in zip(keys, parts, strict=True):
+            self.moments[key].merge(part)
+        for key, product in self._products.items():
+            known = self.grams.get(key)
+            self.grams[key] = product if known is None else known.to(product.device).add_(product)
+        self.abandon()
 
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
         """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
@@ -98,6 +110,7 @@ class Recorder:
     def abandon(self) -> None:
         """Forget a batch that failed half-way."""
         self._batch.clear()
+        self._products.clear()
 
 
 def module_stats(moments: Moments, norms: Norms | None) -> ModuleStats:

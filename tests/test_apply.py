@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import CONFIGS, load_dense, make_tiny
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from flapcli import modeling
 from flapcli.checkpoint import open_checkpoint
@@ -25,8 +26,11 @@ def logits(model, ids=IDS):
 
 
 def load_pruned(folder):
+    """By flap's own class, or by transformers' where the folder is a stock checkpoint."""
     config = json.loads((folder / "config.json").read_text())
-    return getattr(modeling, config["architectures"][0]).from_pretrained(folder, dtype=torch.float32).eval()
+    stock = "auto_map" not in config
+    loader = AutoModelForCausalLM if stock else getattr(modeling, config["architectures"][0])
+    return loader.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def masked_dense(dense_folder, run, bias=True):

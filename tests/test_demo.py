@@ -29,7 +29,9 @@ def demo(flap, tmp_path_factory):
 def test_gguf_tensors_equal_transformers_reading():
     source = open_checkpoint("demo")
     model = AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, dtype=torch.float32)
-    expected = model.state_dict()
+    expected, config = model.state_dict(), model.config.to_dict()
+    differ = {key for key in config | source.config if config.get(key) != source.config.get(key)}
+    assert differ <= {"_name_or_path", "_model_name_or_path", "architectures", "dtype"}
     assert set(expected) - set(source.tensors) == {"lm_head.weight"}  # tied
     for name in source.tensors:
         assert torch.equal(source.read(name), expected[name]), name

@@ -62,6 +62,11 @@ class Checkpoint(ABC):
     def stored_as(self) -> str:
         """The type that most of the weights are stored in, such as BF16 or Q4_1."""
 
+    @property
+    @abstractmethod
+    def license(self) -> str | None:
+        """The licence's id as its publisher states it, where one is stated."""
+
     @abstractmethod
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, on the CPU, as stored (quantised ones dequantised to float32)."""

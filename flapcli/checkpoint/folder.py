@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.errors import FlapError
 
@@ -42,6 +44,15 @@ class FolderCheckpoint(Checkpoint):
         for spec in self.stored.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def license(self) -> str | None:
+        card = self.path / "README.md"
+        try:
+            metadata = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
+            return str(metadata["license"])
+        except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError):
+            return None  # no card, or one without metadata
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer

@@ -1,32 +1,39 @@
 """A GGUF file of llama.cpp as a checkpoint: tensors under transformers' names, dequantised one by one."""
 
 import hashlib
-import struct
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.checkpoint.safetensors import first_line
+from flapcli.checkpoint.folder import first_line
+from flapcli.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from flapcli.errors import FlapError
-from flapcli.families import Family
+from flapcli.families import Family, family_of_gguf
 from flapcli.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
     import torch
-    from gguf import GGUFReader, ReaderTensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-SCALAR_SIZE = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-STRING, ARRAY = 8, 9
+TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
 
 
 class GgufCheckpoint(Checkpoint):
     @cached_property
+    def header(self) -> GgufHeader:
+        return read_gguf_header(self.path)
+
+    @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.path.name} {self.path.stat().st_size}".encode())
-        digest.update(_header(self.path))
+        digest.update(self.header.raw)
         return digest.hexdigest()
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of_gguf(str(self.header.metadata.get("general.architecture")), self.name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -38,58 +45,66 @@ class GgufCheckpoint(Checkpoint):
     def _config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
-        _header(self.path)  # says what is wrong with a broken file before others stumble over it
+        metadata, gguf = self.header.metadata, self.family.gguf
+        found = {key: metadata.get(f"{gguf.architecture}.{name}") for name, key in gguf.config.items()}
+        found |= {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in TOKENS.items()}
+        scaling = metadata.get(f"{gguf.architecture}.rope.scaling.type", "none")
+        if scaling != "none":
+            raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
+        sizes = {key: value for key, value in found.items() if value is not None}
         try:
-            return AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise FlapError(f"{self.path}: transformers can't read this GGUF file: {first_line(error)}") from error
+            return AutoConfig.for_model(
+                self.family.model_type,
+                vocab_size=metadata["tokenizer.ggml.tokens"].items,
+                tie_word_embeddings=all(tensor.name != "output.weight" for tensor in self.header.tensors),
+                **sizes,
+            )
+        except (KeyError, AttributeError, ValueError, TypeError) as error:
+            raise FlapError(f"{self.path}: its metadata make no {self.family.name}: {first_line(error)}") from error
 
     def load_config(self) -> "PreTrainedConfig":
         return self._config
 
     @cached_property
-    def reader(self) -> "GGUFReader":
-        from gguf import GGUFReader
-
-        try:
-            return GGUFReader(self.path)
-        except (OSError, ValueError, IndexError) as error:
-            raise FlapError(f"{self.path} is truncated or corrupt: {first_line(error)}") from error
-
-    @cached_property
-    def _by_name(self) -> dict[str, "ReaderTensor"]:
+    def _by_name(self) -> dict[str, GgufTensor]:
         names = _transformers_names(self.family, self.family.read_sizes(self.config)["num_layers"])
-        unknown = [t.name for t in self.reader.tensors if t.name not in names]
+        unknown = [t.name for t in self.header.tensors if t.name not in names]
         if unknown:
             raise FlapError(f"{self.path}: tensor {unknown[0]} has no place in family {self.family.name}")
-        return {names[t.name]: t for t in self.reader.tensors}
+        return {names[t.name]: t for t in self.header.tensors}
 
     @cached_property
     def stored(self) -> dict[str, TensorSpec]:
-        return {
-            name: TensorSpec(name, tuple(int(n) for n in reversed(tensor.shape)), "F32")
-            for name, tensor in self._by_name.items()
-        }
+        return {name: TensorSpec(name, tensor.shape, "F32") for name, tensor in self._by_name.items()}
 
     @property
     def nbytes(self) -> int:
-        return sum(int(tensor.n_bytes) for tensor in self.reader.tensors)
+        return sum(tensor.nbytes for tensor in self.header.tensors)
 
     @property
     def stored_as(self) -> str:
-        """The type that most of the weights are stored in, such as Q4_1."""
-        sizes: dict[str, int] = {}
-        for tensor in self.reader.tensors:
-            sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
-        return max(sizes, key=lambda kind: sizes[kind])
+        from gguf import GGMLQuantizationType
+
+        sizes: dict[int, int] = {}
+        for tensor in self.header.tensors:
+            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.nbytes
+        return GGMLQuantizationType(max(sizes, key=lambda kind: sizes[kind])).name
+
+    @property
+    def license(self) -> str | None:
+        return self.header.metadata.get("general.license")
 
     def read(self, name: str) -> "torch.Tensor":
         import torch
-        from gguf import dequantize
+        from gguf import GGMLQuantizationType, dequantize
 
         tensor = self._by_name[name]
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        values = values.float().reshape(self.stored[name].shape)
+        with self.path.open("rb") as file:
+            file.seek(tensor.start)
+            stored = np.fromfile(file, dtype=np.uint8, count=tensor.nbytes)
+        rows = stored.reshape(*tensor.shape[:-1], -1)
+        values = torch.from_numpy(dequantize(rows, GGMLQuantizationType(tensor.type))).float()
+        values = values.reshape(tensor.shape)
         for producer in self.family.gguf.permuted:
             if f".{producer}." in name:
                 key = self.family.sizes[self.family.attention.producers[producer]]
@@ -127,51 +142,3 @@ def _transformers_names(family: Family, num_layers: int) -> dict[str, str]:
             if (found := table.get_name(prefix)) is not None:
                 names[found + suffix] = prefix + suffix
     return names
-
-
-def _header(path: Path) -> bytes:
-    """The file up to its tensor data. Raises FlapError where it is no GGUF, corrupt or truncated.
-
-    gguf's reader builds an object for every token, seconds for what a fingerprint needs; this skips.
-    """
-    try:
-        with path.open("rb") as file:
-            magic, _version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
-            if magic != b"GGUF":
-                raise FlapError(f"{path} is not a GGUF file")
-            for _ in range(pairs):
-                _skip_string(file)
-                _skip_value(file, *struct.unpack("<I", file.read(4)))
-            for _ in range(tensors):
-                _skip_string(file)
-                (dims,) = struct.unpack("<I", file.read(4))
-                file.seek(8 * dims + 4 + 8, 1)
-            end = file.tell()
-            file.seek(0)
-            header = file.read(end)
-    except (struct.error, KeyError, OverflowError) as error:
-        raise FlapError(f"{path} is truncated or corrupt: its GGUF header can't be read") from error
-    except OSError as error:
-        raise FlapError(f"cannot read {path}: {error.strerror}") from error
-    if len(header) < end:
-        raise FlapError(f"{path} is truncated: it ends inside its GGUF header")
-    return header
-
-
-def _skip_string(file: BinaryIO) -> None:
-    (length,) = struct.unpack("<Q", file.read(8))
-    file.seek(length, 1)
-
-
-def _skip_value(file: BinaryIO, kind: int) -> None:
-    if kind == STRING:
-        _skip_string(file)
-    elif kind == ARRAY:
-        inner, count = struct.unpack("<IQ", file.read(12))
-        if inner in SCALAR_SIZE:
-            file.seek(SCALAR_SIZE[inner] * count, 1)
-        else:
-            for _ in range(count):
-                _skip_value(file, inner)
-    else:
-        file.seek(SCALAR_SIZE[kind], 1)

@@ -33,14 +33,22 @@ class ModuleDescription(_Description):
 
 
 class GgufDescription(_Description):
-    """How llama.cpp stores the family: its architecture's name and the projections whose rows it permutes."""
+    """How llama.cpp stores the family.
+
+    Its architecture's name, the projections whose rows it permutes, and which of config.json's keys its
+    metadata fill (prefixed by the architecture's name).
+    """
 
     architecture: str
     permuted: list[str]
+    config: dict[str, str]
 
 
 class Family(_Description):
-    """A model family. `sizes` maps our names of sizes to config.json's keys."""
+    """A model family. `sizes` maps our names of sizes to config.json's keys.
+
+    `bias_options` maps a module to the configuration's switch that gives all its projections biases.
+    """
 
     name: str
     covers: str
@@ -51,6 +59,7 @@ class Family(_Description):
     layer: str
     attention: ModuleDescription
     mlp: ModuleDescription
+    bias_options: dict[Module, str]
     uncut: list[str]
     dropped: list[str]
     head: str
@@ -104,6 +113,15 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         known = ", ".join(families())
         raise FlapError(f"{where}: model_type {json.dumps(model_type)} is not supported; flap prunes: {known}")
     return family
+
+
+def family_of_gguf(architecture: str, where: str) -> Family:
+    """The family of a GGUF file's `general.architecture`; the first, where several share one (llama)."""
+    for family in families().values():
+        if family.gguf.architecture == architecture:
+            return family
+    known = ", ".join(sorted({family.gguf.architecture for family in families().values()}))
+    raise FlapError(f"{where}: GGUF architecture {architecture!r} is not supported; flap reads: {known}")
 
 
 def family_named(name: str) -> Family:

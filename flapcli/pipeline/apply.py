@@ -9,7 +9,7 @@ from flapcli import __version__
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.errors import FlapError, UsageError
-from flapcli.plan import Plan, load_plan
+from flapcli.plan import Plan, load_plan, pruned_layers
 from flapcli.progress import Progress
 from flapcli.rundir import atomic_folder, sha256
 from flapcli.stats import Stats, load_header, load_stats
@@ -20,7 +20,10 @@ class ApplyOptions:
     """How a plan is applied; None leaves the choice to the plan's method and the source's dtype."""
 
     compensate: str | None = None
+    ridge: float = 0.01
+    lstsq_bias: bool = True
     mask_only: bool = False
+    remote_code: str = "auto"
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
@@ -36,8 +39,8 @@ def run_apply(
     progress: Progress,
 ) -> tuple[dict[str, Any], bool]:
     """Stage 3: the pruned folder in `out`. Returns its config.json."""
-    if options.compensate == "lstsq":
-        raise UsageError("--compensate lstsq is not there yet: use bias (the paper's) or none")
+    if options.ridge < 0:
+        raise UsageError(f"--ridge {options.ridge}: must be at least 0")
     shard_size = parse_size(options.max_shard_size, "--max-shard-size")
     plan = load_plan(plan_path)
     compensate = options.compensate or ("bias" if plan.method == "flap" else "none")
@@ -56,7 +59,10 @@ def run_apply(
     found = existing_folder(out)
     if found and not force and _same_apply(found["flap"].get("made_by", {}), made_by):
         return found, True
-    stats = _stats_of(plan, plan_path, stats_path) if compensate == "bias" else None
+    stats = _stats_of(plan, plan_path, stats_path) if compensate != "none" else None
+    if stats and compensate == "lstsq" and not stats.header.settings.get("gram"):
+        raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
+    made_by["license"] = checkpoint.license
     made_by["dataset"] = stats.header.calibration.dataset if stats else _dataset_of(stats_path)
     _write_folder(out, checkpoint, plan, stats, options, shard_size, made_by, progress)
     return json.loads((out / "config.json").read_bytes()), False
@@ -72,18 +78,39 @@ def _write_folder(
     made_by: dict[str, Any],
     progress: Progress,
 ) -> None:
-    from flapcli.apply import TORCH_DTYPES, jobs, write
+    from flapcli.apply import TORCH_DTYPES, Compensation, jobs, write, zeros
     from flapcli.device import dtype_name
     from flapcli.folder import write_companions
     from flapcli.loading import quiet_transformers
+    from flapcli.stock import as_stock
 
     quiet_transformers()
-    work = jobs(checkpoint, plan, stats, options.mask_only, options.dtype)
-    main_dtype = next(spec.dtype for job in work for spec in job.outputs if len(spec.shape) == 2)
+    compensation = Compensation(made_by["compensate"], stats, options.ridge, options.lstsq_bias)
+    _say_of_rank(stats, made_by["compensate"], progress)
+    work = jobs(checkpoint, plan, compensation, options.mask_only, options.dtype)
+    code = next(spec.dtype for job in work for spec in job.outputs if len(spec.shape) == 2)
+    layers = checkpoint.shape.layers if options.mask_only else pruned_layers(plan, checkpoint.shape)
+    stock = None
+    if options.remote_code == "auto":
+        stock, why = as_stock(checkpoint, layers, compensation.adds_bias, code)
+        how = f"a stock {checkpoint.family.architecture}" if stock else "a checkpoint that needs trust_remote_code"
+        progress.note(f"{why}: writing {how}")
+    work += zeros(stock.zero_biases if stock else [])
     with atomic_folder(out) as scratch:
         write(scratch, work, shard_size, progress)
-        dtype = dtype_name(TORCH_DTYPES[main_dtype])
-        write_companions(scratch, checkpoint, plan, made_by, dtype, biases=stats is not None)
+        dtype = dtype_name(TORCH_DTYPES[code])
+        write_companions(scratch, checkpoint, plan, made_by, layers, dtype, compensation, stock)
+
+
+def _say_of_rank(stats: Stats | None, compensate: str, progress: Progress) -> None:
+    """Fewer tokens than channels: the ridge alone decides what the text does not."""
+    if stats and compensate == "lstsq":
+        widest = max(len(module.mean) for module in stats.modules.values())
+        if (tokens := stats.header.calibration.tokens) < widest:
+            progress.note(
+                f"the Gram matrices come from {tokens:,} tokens, fewer than the widest module's {widest:,} channels, "
+                "and are singular: the fit rests on --ridge; more --nsamples would help"
+            )
 
 
 def _same_apply(found: dict[str, Any], asked: dict[str, Any]) -> bool:
