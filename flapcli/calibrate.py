@@ -53,7 +53,7 @@ def measure(
     """
     ranks = ranks or Ranks(0, 1, 0)
     model = load_model(checkpoint, dtype, device, device_map)
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)  # what accelerate offloads is meta
     decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
     recorder = Recorder(checkpoint, model, gram, device)
     saved = Saved(resume, recorder) if resume else None
@@ -110,11 +110,12 @@ class Saved:
             read_into(self.path, header.offsets[name], raw_bytes(value))
             values[name] = value
         for key in self.recorder.moments:
-            if f"{key}.mean" in values:
-                count = int(header.metadata[f"{key}"])
-                self.recorder.moments[key] = Moments(count, values[f"{key}.mean"], values[f"{key}.m2"])
-            if f"{key}.gram" in values:
-                self.recorder.grams[key] = values[f"{key}.gram"].to(self.recorder.device)
+            name = _name(key)
+            if f"{name}.mean" in values:
+                count = int(header.metadata[name])
+                self.recorder.moments[key] = Moments(count, values[f"{name}.mean"], values[f"{name}.m2"])
+            if f"{name}.gram" in values:
+                self.recorder.grams[key] = values[f"{name}.gram"].to(self.recorder.device)
         return int(header.metadata["windows"])
 
     def after(self, windows: int) -> None:
@@ -123,16 +124,22 @@ class Saved:
         if start < self._next:
             return
         tensors: dict[str, torch.Tensor] = {}
+        metadata = {"windows": str(windows)}
         for key, moments in self.recorder.moments.items():
             if moments.count:
-                tensors |= {f"{key}.mean": moments.mean, f"{key}.m2": moments.m2}
-        tensors |= {f"{key}.gram": total for key, total in self.recorder.grams.items()}
+                tensors |= {f"{_name(key)}.mean": moments.mean, f"{_name(key)}.m2": moments.m2}
+                metadata[_name(key)] = str(moments.count)
+        tensors |= {f"{_name(key)}.gram": total for key, total in self.recorder.grams.items()}
         codes = {torch.float64: "F64", torch.float32: "F32"}
         specs = [TensorSpec(name, tuple(value.shape), codes[value.dtype]) for name, value in tensors.items()]
-        counts = {f"{key}": str(moments.count) for key, moments in self.recorder.moments.items()}
         self.resume.ready()
-        with atomic_file(self.path) as scratch, StreamWriter(scratch, specs, counts | {"windows": str(windows)}) as out:
+        with atomic_file(self.path) as scratch, StreamWriter(scratch, specs, metadata) as out:
             for name, value in tensors.items():
                 out.write(name, raw_bytes(value))
         now = time.monotonic()
         self._next = now + max(SECONDS_BETWEEN, TIMES_ITS_COST * (now - start))
+
+
+def _name(key: Key) -> str:
+    layer, module = key
+    return f"layers.{layer}.{module}"

@@ -83,7 +83,7 @@ def show_stats(header: StatsHeader) -> None:
     table.add_row("MLP", f"{model.intermediate_size} neurons")
     windows = f"{run.nsamples} windows of {run.seqlen}, {run.tokens:,} tokens, seed {run.seed}"
     table.add_row("text", f"{run.dataset}: {windows}")
-    table.add_row("ran in", run.dtype)
+    table.add_row("ran in", run.dtype + (f", {run.mode}" if run.mode else ""))
     out.print(table)
 
 

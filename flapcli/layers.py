@@ -9,6 +9,7 @@ import torch
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.errors import FlapError
+from flapcli.memory import give_back
 from flapcli.recording import Norms
 from flapcli.shape import MODULES, Module
 
@@ -89,6 +90,7 @@ class Front:
                 empty = torch.nn.Parameter(parameter.to(META), requires_grad=False)
                 setattr(self.decoder.get_submodule(parent), leaf, empty)
         self._loaded = False
+        give_back()
 
 
 class Layers:
@@ -110,6 +112,7 @@ class Layers:
                 weights.clear()
                 yield index, layer, norms
                 layer.to(META)
+                give_back()
 
     def _read(self, index: int) -> tuple[Weights, dict[Module, Norms | None]]:
         """A layer's weights by name within it, in the dtype the model runs in; norms are of what is stored."""

@@ -95,7 +95,8 @@ class Recorder:
         for key, part in zip(keys, parts, strict=True):
             self.moments[key].merge(part)
         for key, product in self._products.items():
-            self.grams[key] = self.grams[key].add_(product) if key in self.grams else product
+            known = self.grams.get(key)
+            self.grams[key] = product if known is None else known.to(product.device).add_(product)
         self.abandon()
 
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:

@@ -84,7 +84,7 @@ class Streaming:
         def step(part: slice) -> None:
             self.recorder.abandon()
             args, kwargs = self.front.call(index, self._tokens(part))
-            states = states_of(layer(self.hidden.read(part).to(self.device), *args, **kwargs))
+            states = states_of(layer(self.hidden.read(part).to(self.device), *args, **kwargs)).cpu()
             self.recorder.commit()
             if not last:
                 self.hidden.write(part, states)

@@ -60,6 +60,15 @@ def test_other_sources(flap, text_file, tmp_path):
         assert_same(stream, memory)
 
 
+def test_gguf_streams(flap, text_file, tmp_path):
+    """The demo: 30 layers dequantised one by one."""
+    args = ("--dataset", text_file, "--nsamples", 4, "--seqlen", 24, "--dtype", "float32")
+    for run, mode in (("memory", "--no-stream"), ("stream", "--stream")):
+        flap("calibrate", "demo", "-d", tmp_path / run, *args, mode)
+    memory, stream = (load_stats(tmp_path / run / "stats.safetensors") for run in ("memory", "stream"))
+    assert_same(stream, memory)
+
+
 @pytest.mark.parametrize("kind", ["llama-biases", "qwen3"])
 def test_pruned_checkpoints_stream(kind, tiny, prune, flap, text_file, tmp_path):
     """Layers with sizes of their own, one of them emptied."""

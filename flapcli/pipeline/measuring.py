@@ -1,7 +1,7 @@
 """The part of `flap calibrate` that computes: where, in which of the two ways, and from which checkpoint on."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +61,8 @@ def write_stats(
     with Resume(out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size) as resume:
         if force:
             resume.discard()
-        job = _Job(out, checkpoint, header, windows[ranks.share(len(windows))], device, dtype, compute.batch_size,
-                   options, scale, progress, resume, ranks)  # fmt: skip
+        share = windows[ranks.share(len(windows))]
+        job = _Job(out, checkpoint, header, share, device, dtype, compute, scale, progress, resume, ranks)
         try:
             job.check_space()
             job.streamed() if streamed else job.in_memory()
@@ -104,28 +104,26 @@ def _device(name: str, ranks: Ranks) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
 class _Job:
     """One calibration, decided in all its options; `windows` are this rank's."""
 
-    def __init__(
-        self,
-        out: Path,
-        checkpoint: Checkpoint,
-        header: StatsHeader,
-        windows: NDArray[np.int64],
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_size: int | None,
-        options: CalibrateOptions,
-        scale: Scale,
-        progress: Progress,
-        resume: Resume,
-        ranks: Ranks,
-    ) -> None:
-        self.out, self.checkpoint, self.header, self.windows = out, checkpoint, header, windows
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self.scale, self.progress, self.resume, self.ranks = scale, progress, resume, ranks
-        self.gram = GRAM_CODES[options.gram_dtype] if options.gram else None
+    out: Path
+    checkpoint: Checkpoint
+    header: StatsHeader
+    windows: NDArray[np.int64]
+    device: torch.device
+    dtype: torch.dtype
+    compute: Compute
+    scale: Scale
+    progress: Progress
+    resume: Resume
+    ranks: Ranks
+
+    @property
+    def gram(self) -> GramDtype | None:
+        settings = self.header.settings
+        return GRAM_CODES[str(settings["gram_dtype"])] if settings["gram"] else None
 
     def check_space(self) -> None:
         """Say how large Gram matrices are. Raises FlapError where the disk is too full for what will be written."""
@@ -145,7 +143,7 @@ class _Job:
 
     def in_memory(self) -> None:
         measured = measure(
-            self.checkpoint, self.windows, self.device, self.dtype, self.batch_size, self.gram is not None,
+            self.checkpoint, self.windows, self.device, self.dtype, self.compute.batch_size, self.gram is not None,
             self.progress, self.resume, self.ranks, self.scale.device_map,
         )  # fmt: skip
         if self.ranks.rank == 0:
@@ -156,7 +154,7 @@ class _Job:
         growing = self.resume.ready() / "stats.safetensors"
         writer = StatsWriter(growing, self.header, self.gram, resume=True) if self.ranks.rank == 0 else None
         stream(
-            self.checkpoint, self.windows, self.device, self.dtype, self.batch_size, self.gram is not None,
+            self.checkpoint, self.windows, self.device, self.dtype, self.compute.batch_size, self.gram is not None,
             self.progress, self.resume, writer, self.ranks, limit,
         )  # fmt: skip
         if writer:
