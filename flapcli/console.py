@@ -135,8 +135,8 @@ def show_report(report: EvalReport) -> None:
     out.print(table)
     for line in speed_lines(report):
         out.print(Text(line), soft_wrap=True)
-    for task, reason in report.task_failures.items():
-        out.print(Text(f"{task}: not run: {reason}"), soft_wrap=True)
+    if report.task_failures:
+        out.print(Text(f"tasks that were not run: {', '.join(report.task_failures)}"), soft_wrap=True)
 
 
 def show_export(told: dict[str, Any]) -> None:

@@ -60,8 +60,9 @@ def load_tasks(names: tuple[str, ...], manager: "TaskManager", progress: Progres
             except Exception as error:  # a task runs its own code and datasets': any error may come
                 reason = _reason(error)
                 loaded.failures[name] = reason
-                progress.note(f"task {name}: its data can't be loaded: {reason}")
-                if isinstance(error, ConnectionError):
+                hint = "; without a network it needs a copy in datasets' cache" if _offline(error) else ""
+                progress.note(f"task {name}: its data can't be loaded: {reason}{hint}")
+                if _offline(error):
                     _stop_asking_the_hub()
             advance(1)
     return loaded
@@ -194,6 +195,10 @@ def _request_cache(include_path: Path | None) -> Iterator[None]:
     local = files_sha256(include_path)[:12] if include_path else "own"
     with _swapped(cache, "PATH", str(root / "flap" / "lm-eval" / version("lm-eval") / local)):
         yield
+
+
+def _offline(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError)
 
 
 def _stop_asking_the_hub() -> None:
