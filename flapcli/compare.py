@@ -102,7 +102,7 @@ def _figures(report: Measurement) -> dict[str, Any]:
         main = main_metric(task, metrics)
         for metric in [main] if main else [name for name in metrics if "_stderr" not in name]:
             found[f"{task} {metric}"] = metrics[metric]
-    if report.task_average is not None:
+    if len(report.averaged_tasks) > 1:
         found["average of tasks"] = report.task_average
     for name, value in (report.speed or {}).items():
         found[name.replace("_", " ")] = value

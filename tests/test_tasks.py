@@ -58,6 +58,11 @@ doc_to_text: "x"
 doc_to_choice: ["a", "b"]
 doc_to_target: 0
 """)
+    (folder / "group.yaml").write_text("""
+group: local_group
+task: [local_choice, local_text]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+""")
     return folder
 
 
@@ -121,6 +126,16 @@ def test_limit_and_fewshot_reach_lm_eval(tiny, flap, text_file, task_files, tmp_
     assert found["shots"]["local_text"] == found["all"]["local_text"]  # no prompt, so examples change nothing
 
 
+def test_a_group_counts_once_in_the_average(tiny, flap, text_file, task_files, tmp_path):
+    out = tmp_path / "eval.json"
+    flap("eval", tiny("llama-gqa"), "--no-baseline", "--perplexity", text_file, "--seqlen", 16, "--out", out,
+         "--include-path", task_files, "--tasks", "local_group")  # fmt: skip
+    report = json.loads(out.read_text())
+    assert set(report["tasks"]) == {"local_group", "local_choice", "local_text"}
+    assert report["averaged_tasks"] == ["local_group"]
+    assert report["task_average"] == report["tasks"]["local_choice"]["acc"]
+
+
 def test_unknown_names_are_refused_before_any_model(flap, tmp_path, task_files):
     result = flap(
         "eval", tmp_path / "no-model", "--tasks", "hellaswagg,local_choic,boolq", "--include-path", task_files,
@@ -179,8 +194,8 @@ def test_zero_shot_is_the_papers_seven_with_its_metrics():
     normalised = {name for name, metric in found.items() if metric == "acc_norm"}
     assert normalised == {"hellaswag", "arc_challenge", "openbookqa", "mine"}
     tasks = {"boolq": {"acc": 0.4}, "hellaswag": {"acc": 0.1, "acc_norm": 0.6}, "wiki": {"word_perplexity": 900.0}}
-    assert average(tasks) == pytest.approx(0.5)
-    assert average({"wiki": {"word_perplexity": 900.0}}) is None
+    assert average(tasks) == (["boolq", "hellaswag"], pytest.approx(0.5))
+    assert average({"wiki": {"word_perplexity": 900.0}}) == ([], None)
 
 
 def test_the_real_model_answers_easy_questions(flap, task_files, text_file, tmp_path):

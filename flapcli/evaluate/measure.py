@@ -51,8 +51,9 @@ def measure_model(
     if tasks:
         from flapcli.evaluate.tasks import run_tasks
 
-        found.tasks, found.task_failures = run_tasks(model, tokenizer, *tasks, batch_size, progress, label)
-        found.task_average = average(found.tasks)
+        done = run_tasks(model, tokenizer, *tasks, batch_size, progress, label)
+        found.tasks, found.task_failures = done.metrics, done.failures
+        found.averaged_tasks, found.task_average = average({task: done.metrics[task] for task in done.heads})
     del model
     gc.collect()
     return found

@@ -89,13 +89,14 @@ class Measurement(_Part):
     """One model's figures.
 
     `tasks` holds lm-eval's metrics, each standard error beside its metric as `NAME_stderr`; `task_failures`
-    the reason for every task that could not be run; `task_average` the mean of the tasks' main metrics.
+    the reason for every task that could not be run; `task_average` the mean of `averaged_tasks`' main metrics.
     """
 
     checkpoint: str
     perplexity: dict[str, float]
     perplexity_details: dict[str, TextDetails] = {}
     tasks: dict[str, dict[str, float]] = {}
+    averaged_tasks: list[str] = []
     task_average: float | None = None
     task_failures: dict[str, str] = {}
     speed: dict[str, int | float] | None = None

@@ -40,10 +40,10 @@ def main_metric(task: str, metrics: dict[str, float]) -> str | None:
     return next((metric for metric in wanted if metric in metrics), None)
 
 
-def average(tasks: dict[str, dict[str, float]]) -> float | None:
-    """Mean of the main metrics over the tasks that have one, as the paper averages; None without any."""
-    values = [values[metric] for task, values in tasks.items() if (metric := main_metric(task, values))]
-    return sum(values) / len(values) if values else None
+def average(tasks: dict[str, dict[str, float]]) -> tuple[list[str], float | None]:
+    """Tasks that have a main metric, and its mean over them, as the paper averages; None without any."""
+    values = {task: values[metric] for task, values in tasks.items() if (metric := main_metric(task, values))}
+    return list(values), sum(values.values()) / len(values) if values else None
 
 
 def task_manager(names: tuple[str, ...], include_path: Path | None) -> "TaskManager":

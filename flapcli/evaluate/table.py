@@ -27,7 +27,7 @@ def quality_rows(report: EvalReport) -> list[Row]:
         main = main_metric(task, metrics)
         for metric in [main] if main else [name for name in metrics if "_stderr" not in name]:
             rows.append((f"{task} ({metric})", [_metric(m.tasks.get(task, {}), metric) for m in models]))
-    if (counted := averaged(report)) > 1:
+    if (counted := len(report.averaged_tasks)) > 1:
         means = ["-" if m.task_average is None else f"{m.task_average:.4f}" for m in models]
         rows.append((f"average of {counted} tasks", means))
     return rows
@@ -72,11 +72,6 @@ def speed_lines(report: EvalReport) -> list[str]:
             )
             short |= found.median - 1 < (possible - 1) / 2
     return lines + (_reasons(report) if short else [])
-
-
-def averaged(measurement: Measurement) -> int:
-    """How many tasks the average is of."""
-    return sum(main_metric(task, metrics) is not None for task, metrics in measurement.tasks.items())
 
 
 def megabytes(count: int) -> str:

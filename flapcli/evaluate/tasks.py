@@ -32,8 +32,21 @@ CPU_BATCH = 8  # requests; on a GPU lm-eval finds the largest that fits
 class LoadedTasks:
     """Tasks with their data, by the names asked for, and why others can't be run."""
 
+    manager: "TaskManager"
     objects: dict[str, Any]
     failures: dict[str, str]
+
+
+@dataclass
+class TaskResults:
+    """Every task's metrics, standard errors as `METRIC_stderr`, and the reasons of those that failed.
+
+    `heads` are the tasks that stand for what was asked: a group with a figure of its own, not its members.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    failures: dict[str, str]
+    heads: list[str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class TaskOptions:
 
 def load_tasks(names: tuple[str, ...], manager: "TaskManager", progress: Progress) -> LoadedTasks:
     """Load every task's data, once for both models; what can't be loaded is a note and a failure."""
-    loaded = LoadedTasks({}, {})
+    loaded = LoadedTasks(manager, {}, {})
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -76,8 +89,8 @@ def run_tasks(
     batch_size: int | None,
     progress: Progress,
     description: str,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Every task's metrics with standard errors as `METRIC_stderr`, and the reasons of those that failed.
+) -> TaskResults:
+    """Run every task that was loaded.
 
     `batch_size` None leaves it to lm-eval on a GPU. One task's failure leaves the others' results.
     """
@@ -86,25 +99,27 @@ def run_tasks(
         progress, description, pretrained=model, tokenizer=tokenizer, backend="causal",
         batch_size=batch_size or automatic, max_length=_longest(model),
     )  # fmt: skip
-    results: dict[str, dict[str, float]] = {}
-    failures = dict(loaded.failures)
+    done = TaskResults({}, dict(loaded.failures), [])
     for name, found in loaded.objects.items():
         lm.name = f"{description}: {name}"
         try:
             with _quiet(), _request_cache(options.include_path):
-                tasks = [*found["tasks"].values()] if not found.get("groups") else [*found["groups"].values()]
+                group = found["groups"].get(name)
                 raw = evaluator.simple_evaluate(
-                    model=lm, tasks=tasks, num_fewshot=options.num_fewshot, limit=options.limit, log_samples=False,
+                    model=lm, tasks=[group] if group else [*found["tasks"].values()], task_manager=loaded.manager,
+                    num_fewshot=options.num_fewshot, limit=options.limit, log_samples=False,
                     cache_requests=options.cache_requests, rewrite_requests_cache=options.rewrite_cache,
                 )  # fmt: skip
         except FlapError:
             raise
         except Exception as error:  # tasks run their own code: any error may come
-            failures[name] = _reason(error)
-            progress.note(f"task {name}: {failures[name]}")
+            done.failures[name] = _reason(error)
+            progress.note(f"task {name}: {done.failures[name]}")
             continue
-        results |= {task: _plain(values) for task, values in raw["results"].items()}
-    return results, failures
+        plain = {task: metrics for task, values in raw["results"].items() if (metrics := _plain(values))}
+        done.metrics |= plain
+        done.heads += [name] if name in plain else [task for task in found["tasks"] if task in plain]
+    return done
 
 
 class _Quiet(HFLM):

@@ -11,7 +11,7 @@ from flapcli import __version__
 from flapcli.compare import compare
 from flapcli.errors import FlapError
 from flapcli.evaluate.report import EvalReport, load_report
-from flapcli.evaluate.table import averaged, cost_rows, models_of, quality_rows, speed_lines
+from flapcli.evaluate.table import cost_rows, models_of, quality_rows, speed_lines
 from flapcli.plan import Plan, load_plan
 from flapcli.report import plots
 from flapcli.report.commands import apply_command, calibrate_command, eval_command, plan_command
@@ -117,9 +117,9 @@ def _tiles(plan: Plan | None, report: EvalReport | None) -> list[tuple[str, str,
         for text, value in report.perplexity.items():
             before = f"dense {dense.perplexity[text]:.2f}" if dense else ""
             tiles.append((f"perplexity {Path(text).name}", f"{value:.2f}", before))
-        if averaged(report) > 1:
+        if len(report.averaged_tasks) > 1:
             before = f"dense {dense.task_average:.4f}" if dense and dense.task_average is not None else ""
-            tiles.append((f"average of {averaged(report)} tasks", f"{report.task_average:.4f}", before))
+            tiles.append((f"average of {len(report.averaged_tasks)} tasks", f"{report.task_average:.4f}", before))
         if report.speedup:
             gain = report.speedup[0]
             tiles.append(("decode speed", f"{gain.decode.median:.2f}x", f"possible {gain.decode_possible:.2f}x"))
