@@ -2,6 +2,8 @@ import os
 
 # No test asks the hub; set before huggingface_hub and datasets are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each would thrash on two cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable

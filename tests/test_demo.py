@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flapcli import modeling
 from flapcli.checkpoint import open_checkpoint
 from flapcli.corpus import evaluation_windows
 from flapcli.evaluate.perplexity import perplexity
@@ -31,7 +30,7 @@ def test_gguf_tensors_equal_transformers_reading():
     model = AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, dtype=torch.float32)
     expected, config = model.state_dict(), model.config.to_dict()
     differ = {key for key in config | source.config if config.get(key) != source.config.get(key)}
-    assert differ <= {"_name_or_path", "_model_name_or_path", "architectures", "dtype"}
+    assert differ <= {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "quantization_config"}
     assert set(expected) - set(source.tensors) == {"lm_head.weight"}  # tied
     for name in source.tensors:
         assert torch.equal(source.read(name), expected[name]), name
@@ -59,7 +58,7 @@ def test_again_every_stage_answers_from_its_cache(demo, flap):
 def test_sliced_equals_masked_and_perplexity_is_plain(demo, flap):
     run, _ = demo
     flap("apply", "-d", run, "--mask-only", "--out", run / "masked")
-    sliced, masked = (modeling.FlapLlamaForCausalLM.from_pretrained(run / name).eval() for name in ("pruned", "masked"))
+    sliced, masked = (load_pruned(run / name) for name in ("pruned", "masked"))
     tokenizer = open_checkpoint("demo").load_tokenizer()
     ids = torch.from_numpy(evaluation_windows("pydoc", tokenizer, 128)[:2])
     with torch.no_grad():
