@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_apply import load_pruned
 from transformers import AutoModelForCausalLM
 
 from flapcli.checkpoint import open_checkpoint
