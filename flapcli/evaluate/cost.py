@@ -21,6 +21,6 @@ def macs_per_token(shape: ModelShape, context: float, vocabulary: int = 0) -> in
 
 
 def odd_width_share(shape: ModelShape, multiple: int = 16) -> float:
-    """Share of the layers whose MLP width is no multiple of `multiple`, which matrix kernels run slower on."""
+    """Share of the layers whose MLP width is no multiple of `multiple`, which matrix kernels may run slower on."""
     widths = [layer.intermediate_size for layer in shape.layers if layer.intermediate_size]
     return sum(width % multiple != 0 for width in widths) / len(widths) if widths else 0.0

@@ -92,8 +92,8 @@ def _reasons(report: EvalReport) -> list[str]:
     reasons = []
     if details and details.odd_widths:
         reasons.append(
-            f"{details.odd_widths:.0%} of the layers have an MLP width that is no multiple of 16, which matrix kernels "
-            "run slower on: try `flap plan --round-to 32`"
+            f"{details.odd_widths:.0%} of the layers have an MLP width that is no multiple of 16, which kernels, "
+            "above all on GPUs, may run slower on: try `flap plan --round-to 32`"
         )
     if details and details.device == "cpu" and details.weight_bytes < SMALL_BYTES:
         reasons.append("a small model on a CPU spends much of its time outside the products that pruning shrinks")
