@@ -129,6 +129,7 @@ class Layers:
                 if local in outputs:
                     norms[outputs[local]] = Norms.of(tensor)
                 weights[local] = tensor.to(dtypes.get(local, tensor.dtype))
+        give_back()
         return weights, norms
 
     def _assign(self, index: int, weights: Weights) -> torch.nn.Module:

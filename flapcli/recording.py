@@ -14,7 +14,7 @@ from flapcli.ranks import Ranks
 from flapcli.shape import MODULES, Module
 from flapcli.stats import ModuleStats
 
-ROWS = 512
+ROWS = 128
 Key = tuple[int, Module]
 
 

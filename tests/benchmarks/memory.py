@@ -35,6 +35,7 @@ LLAMA_70B = TINYLLAMA | {
     "num_key_value_heads": 8, "head_dim": 128,
 }  # fmt: skip
 SEQLEN, BATCH_TOKENS = 128, 1024
+LIBRARIES = 100e6  # what commands load besides torch and transformers
 MEASURED = """
 import json, sys, time
 import torch, transformers
@@ -128,11 +129,15 @@ def sizes(config: dict, nsamples: int) -> dict[str, float]:
 
 
 def formula(s: dict[str, float]) -> dict[str, tuple[float, float, float]]:
-    """RAM, disk and bytes read of every stage."""
-    streamed = s["hidden"] + max(2 * s["layer"], s["embedding"]) + 4 * s["batch"]
+    """RAM, disk and bytes read of every stage.
+
+    A streamed layer stands beside the next one; a batch has about four activations of the MLP's width in float32.
+    """
+    working = 4 * s["batch"] + LIBRARIES
+    streamed = s["hidden"] + max(2 * s["layer"], s["embedding"]) + working
     return {
         "calibrate --stream": (streamed, 2 * s["hidden"] + s["stats"], s["weights"]),
-        "calibrate in memory": (s["weights"] + 4 * s["batch"], s["stats"], s["weights"]),
+        "calibrate in memory": (s["weights"] + working, s["stats"], s["weights"]),
         "plan": (3 * s["stats"], 0, s["stats"]),
         "apply": (2 * s["largest"] + s["stats"], s["weights"], s["weights"] + s["outputs"]),
     }
