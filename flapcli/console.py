@@ -107,6 +107,17 @@ def show_plan(plan: Plan) -> None:
         f"parameters {p.model:,} -> {p.model_after:,}",
         highlight=False,
     )
+    _say_of_widths(plan.settings.get("round_to"))
+
+
+def _say_of_widths(round_to: Any) -> None:
+    """What multiples of MLP widths are good for, where the user asked for some."""
+    if isinstance(round_to, int) and round_to > 1:
+        fits = "K-quants and older types" if round_to % 256 == 0 else "older types (K-quants want 256)"
+        fits = fits if round_to % 32 == 0 else "none of its types (older ones want 32, K-quants 256)"
+        out.print(
+            f"MLP widths are multiples of {round_to}, which suits llama.cpp's quantisations: {fits}", highlight=False
+        )
 
 
 def show_folder(config: dict[str, Any], path: str) -> None:
