@@ -151,6 +151,7 @@ def eval_(
     speed_new_tokens: o.SpeedNewTokens = 16,
     speed_rounds: o.SpeedRounds = 5,
     threads: o.Threads = None,
+    stream: o.Stream = None,
     baseline: o.Baseline = True,
     batch_size: o.BatchSize = "auto",
     device: o.Device = "auto",
@@ -179,7 +180,7 @@ def eval_(
     )  # fmt: skip
     report, cached = run_eval(
         path, checkpoint or str(run_dir / "pruned"), model, Hub(revision, cache_dir, trust_remote_code),
-        wanted, Compute(device, _batch(batch_size), threads), force, bars(), cache_requests,
+        wanted, Compute(device, _batch(batch_size), threads, stream), force, bars(), cache_requests,
     )  # fmt: skip
     tell(path, cached, as_json, report.model_dump(), "show_report", report)
     if report.task_failures:
@@ -248,8 +249,8 @@ def run(
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent}),
         (apply, {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
                  "remote_code": remote_code, "max_shard_size": max_shard_size} | hub),
-        (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "dtype": eval_dtype,
-                 "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
+        (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "stream": stream,
+                 "dtype": eval_dtype, "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
          | where | hub),
     ]  # fmt: skip
     from flapcli import console

@@ -23,7 +23,7 @@ class _Reached(Exception):
 
 
 class Front:
-    """What comes before the first layer: runs it, and learns what the decoder's code calls each layer with."""
+    """What comes before the first layer and after the last; learns what the decoder's code calls each layer with."""
 
     def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
@@ -31,6 +31,7 @@ class Front:
         self.model, self.count = model, checkpoint.shape.num_layers
         self._calls: dict[int, list[Call]] = {}
         self._loaded = False
+        self._head: torch.Tensor | None = None
 
     def run(self, ids: torch.Tensor) -> torch.Tensor:
         """Input of the first layer, (batch, seqlen, hidden), for token ids (batch, seqlen)."""
@@ -40,6 +41,17 @@ class Front:
             self.decoder(input_ids=ids.to(self.device), use_cache=False)
         self._calls[len(ids)] = [call for _, call in seen]
         return seen[0][0]
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What comes after the last layer: final norm and head, (batch, seqlen, vocab_size)."""
+        self._load()
+        family = self.checkpoint.family
+        if self._head is None:
+            name = f"{family.head}.weight"
+            embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
+            own = name in self.checkpoint.tensors
+            self._head = self.checkpoint.read(name).to(self.device, embedding.dtype) if own else embedding
+        return torch.nn.functional.linear(self.model.get_submodule(family.final_norm)(states), self._head)
 
     def call(self, layer: int, ids: torch.Tensor) -> Call:
         """What `layer` is called with for a batch of this size; it depends on sizes alone, so it is made once."""

@@ -59,7 +59,7 @@ def give_back() -> None:
 def should_stream(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, gram: bool, wish: bool | None, progress: Progress
 ) -> bool:
-    """Whether to calibrate layer by layer: as wished, else where the model (and Gram sums) exceed the memory."""
+    """Whether to go layer by layer: as wished, else where the model (and Gram sums) exceed the memory."""
     if wish is not None:
         return wish
     needed = weight_bytes(checkpoint, dtype)
@@ -71,7 +71,6 @@ def should_stream(
         return False
     what = f"weights{' and Gram sums' if gram else ''} in {dtype_name(dtype)}"
     progress.note(
-        f"{what} take {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free: "
-        "calibrating layer by layer (--stream)"
+        f"{what} take {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free: going layer by layer (--stream)"
     )
     return True

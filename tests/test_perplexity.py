@@ -53,3 +53,20 @@ def test_batches_change_nothing(tiny, texts):
     windows = evaluation_windows(texts[0], load_tokenizer(tiny("qwen2")), 12)[:7]
     alone, together = (window_losses(model, windows, batch, Silent()) for batch in (1, 4))
     np.testing.assert_allclose(alone, together, rtol=1e-5)
+
+
+def test_streamed_equals_in_memory(any_tiny, prune, flap, text_file, tmp_path):
+    """One layer at a time gives the losses of the whole model, for dense and pruned checkpoints of every family."""
+    run = prune(any_tiny, tmp_path / "run")
+    found = {}
+    for way in ("--stream", "--no-stream"):
+        flap("eval", "-d", run, "--perplexity", text_file, "--seqlen", 24, way, "--force")
+        report = json.loads((run / "eval.json").read_text())
+        found[way] = [report["perplexity"][str(text_file)], report["baseline"]["perplexity"][str(text_file)]]
+    assert found["--stream"] == pytest.approx(found["--no-stream"], rel=1e-6)
+
+
+def test_stream_refuses_what_needs_the_whole_model(tiny, prune, flap, text_file, tmp_path):
+    run = prune(tiny("llama-gqa"), tmp_path / "run")
+    result = flap("eval", "-d", run, "--perplexity", text_file, "--stream", "--speed", code=2)
+    assert "--stream: tasks and speed need the whole model in memory" in result.stderr

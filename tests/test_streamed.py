@@ -96,7 +96,7 @@ def test_streaming_is_chosen_where_memory_is_short(tiny, flap, text_file, tmp_pa
     args = ("calibrate", tiny("llama-gqa"), "--dataset", text_file, *SMALL, "--dtype", "float32", "--json")
     monkeypatch.setattr(memory, "free_memory", lambda _device: 200_000)
     result = flap(*args, "-d", tmp_path / "one")
-    assert "weights in float32 take 0.0 GB, cpu has 0.0 GB free: calibrating layer by layer" in result.stderr
+    assert "weights in float32 take 0.0 GB, cpu has 0.0 GB free: going layer by layer" in result.stderr
     assert json.loads(result.stdout)["calibration"]["mode"] == "streamed"
     monkeypatch.setattr(memory, "free_memory", lambda _device: 600_000)
     for gram, mode in (("--no-gram", "in-memory"), ("--gram", "in-memory")):

@@ -33,17 +33,27 @@ def window_losses(
     losses: list[torch.Tensor] = []
 
     def step(batch: torch.Tensor) -> None:
-        logits = model(input_ids=batch, use_cache=False).logits
-        # Window by window: a float32 copy of all logits would be the largest tensor of the run.
-        found = [
-            cross_entropy(row[:-1].float(), ids[1:], reduction="sum").double().cpu()
-            for row, ids in zip(logits, batch, strict=True)
-        ]
-        losses.extend(found)
+        losses.extend(losses_of(model(input_ids=batch, use_cache=False).logits, batch))
 
     with torch.inference_mode():
         for_batches(windows, step, model.device, batch_size, progress, description)
-    means = torch.stack(losses).numpy() / (windows.shape[1] - 1)
+    return mean_losses(losses, windows, description)
+
+
+def losses_of(logits: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Summed cross entropy of each window of a batch; `logits` (batch, seqlen, vocab_size), `ids` (batch, seqlen).
+
+    Window by window: a float32 copy of all logits would be the largest tensor of the run.
+    """
+    return [
+        cross_entropy(row[:-1].float(), tokens[1:], reduction="sum").double().cpu()
+        for row, tokens in zip(logits, ids, strict=True)
+    ]
+
+
+def mean_losses(sums: list[torch.Tensor], windows: NDArray[np.int64], description: str) -> NDArray[np.float64]:
+    """Mean loss of each window from its sum. Raises FlapError where one is not finite."""
+    means = torch.stack(sums).numpy() / (windows.shape[1] - 1)
     if not np.isfinite(means).all():
         raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
     return means

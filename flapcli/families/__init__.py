@@ -76,6 +76,7 @@ class Family(_Description):
     bias_options: dict[Module, str]
     uncut: list[str]
     dropped: list[str]
+    final_norm: str
     head: str
     outside: list[str]
     gguf: GgufDescription

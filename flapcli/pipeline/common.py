@@ -16,6 +16,7 @@ class Compute:
     device: str = "auto"
     batch_size: int | None = None
     threads: int | None = None
+    stream: bool | None = None
 
 
 @dataclass(frozen=True)

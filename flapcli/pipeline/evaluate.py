@@ -67,6 +67,8 @@ def run_eval(
         raise UsageError("--seqlen must be at least 2")
     for text in options.perplexity:
         check_source(text, "--perplexity")
+    if compute.stream and (options.tasks or options.speed):
+        raise UsageError("--stream: tasks and speed need the whole model in memory; leave out --stream")
     found = _existing_report(out)
     manager = _checked_tasks(options, found)
     checkpoint = open_checkpoint(checkpoint_name, Hub(trust_remote_code=hub.trust_remote_code))
@@ -153,6 +155,7 @@ def _measure(
             progress,
             label,
             loaded,
+            compute.stream,
         )
         for label, which in (("pruned" if dense else "model", checkpoint), ("dense", dense))
         if which is not None
