@@ -137,11 +137,3 @@ def family_of_gguf(architecture: str, where: str) -> Family:
             return family
     known = ", ".join(sorted({family.gguf.architecture for family in families().values()}))
     raise FlapError(f"{where}: GGUF architecture {architecture!r} is not supported; flap reads: {known}")
-
-
-def family_named(name: str) -> Family:
-    """The family of that name, as artifacts record it."""
-    for family in families().values():
-        if family.name == name:
-            return family
-    raise FlapError(f"family {name!r} is not known to this flap; it knows: {', '.join(families())}")
