@@ -15,11 +15,12 @@ from flapcli.loading import load_model
 from flapcli.moments import Moments
 from flapcli.progress import Progress
 from flapcli.ranks import Ranks
-from flapcli.recording import Key, Norms, Recorder, complete
+from flapcli.recording import Key, Norms, Recorder, complete, influence
 from flapcli.resume import Resume
 from flapcli.rundir import atomic_file
 from flapcli.safetensors_io import StreamWriter, TensorSpec, read_header, read_into
-from flapcli.stats import ModuleStats
+from flapcli.shape import MODULES, Module
+from flapcli.stats import Influence, ModuleStats
 
 # A checkpoint is taken no sooner after the last one than this, and than 20 times what that one took.
 SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
@@ -29,8 +30,9 @@ SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
 class Measured:
     """Everything a stats file holds besides its header."""
 
-    modules: dict[Key, ModuleStats]
-    grams: dict[Key, NDArray[np.float32]] | None
+    modules: dict[tuple[int, Module], ModuleStats]
+    influences: list[Influence]
+    grams: dict[tuple[int, Module], NDArray[np.float32]] | None
 
 
 def measure(
@@ -78,13 +80,16 @@ def measure(
 
 
 def _complete(checkpoint: Checkpoint, recorder: Recorder, ranks: Ranks) -> Measured:
-    measured = Measured({}, {} if recorder.gram else None)
-    for key in list(recorder.moments):
-        weight = f"{checkpoint.family.output(*key)}.weight"
-        norms = Norms.of(checkpoint.read(weight)) if ranks.rank == 0 and weight in checkpoint.tensors else None
-        measured.modules[key], gram = complete(recorder, key, norms, ranks)
-        if gram is not None and measured.grams is not None and ranks.rank == 0:
-            measured.grams[key] = gram
+    measured = Measured({}, [], {} if recorder.gram else None)
+    for layer in range(checkpoint.shape.num_layers):
+        measured.influences.append(influence(recorder, layer, ranks))
+        for module in MODULES:
+            key = (layer, module)
+            weight = f"{checkpoint.family.output(*key)}.weight"
+            norms = Norms.of(checkpoint.read(weight)) if ranks.rank == 0 and weight in checkpoint.tensors else None
+            measured.modules[key], gram = complete(recorder, key, norms, ranks)
+            if gram is not None and measured.grams is not None and ranks.rank == 0:
+                measured.grams[key] = gram
     return measured
 
 

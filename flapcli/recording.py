@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,13 +11,15 @@ from numpy.typing import NDArray
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.errors import FlapError
+from flapcli.influence import watch
 from flapcli.moments import Moments, batch_sums
 from flapcli.ranks import Ranks
 from flapcli.shape import MODULES, Module
-from flapcli.stats import ModuleStats
+from flapcli.stats import Influence, ModuleStats
 
 ROWS = 128
-Key = tuple[int, Module]
+# Of a layer's modules, or of its residual stream, whose channels are the numbers of `Influence`.
+Key = tuple[int, Module | Literal["residual"]]
 
 
 class NotFiniteError(FlapError):
@@ -42,7 +46,7 @@ class Norms:
 
 
 class Recorder:
-    """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums).
+    """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums), and on its layers.
 
     A batch counts only once `commit` is called, so one that failed half-way leaves no trace.
     """
@@ -54,26 +58,32 @@ class Recorder:
         self._batch: dict[Key, torch.Tensor] = {}
         self._products: dict[Key, torch.Tensor] = {}
         self._tokens = 0
-        shape = checkpoint.shape
+        shape, family = checkpoint.shape, checkpoint.family
         for layer in range(shape.num_layers):
+            block = model.get_submodule(family.layer.format(i=layer))
+            self.moments[layer, "residual"] = Moments.none(len(Influence._fields))
+            watch(block, family.middle, partial(self._sum, (layer, "residual")))
             for module in MODULES:
-                key = (layer, module)
+                key: Key = (layer, module)
                 channels = shape.units(layer, module) * shape.channels_per_unit(module)
                 self.moments[key] = Moments.none(channels)
                 if channels:
-                    projection = model.get_submodule(checkpoint.family.output(layer, module))
+                    projection = model.get_submodule(family.output(layer, module))
                     projection.register_forward_pre_hook(self._hook(key))
 
     def _hook(self, key: Key) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
-            self._batch[key] = batch_sums(x)
-            self._tokens = len(x)
+            self._sum(key, x)
             if self.gram:
                 x32 = x.float()
                 self._products[key] = x32.T @ x32
 
         return record
+
+    def _sum(self, key: Key, values: torch.Tensor) -> None:
+        self._batch[key] = batch_sums(values)
+        self._tokens = len(values)
 
     def commit(self) -> None:
         """Take in the last batch. Raises NotFiniteError naming the first layer with such activations.
@@ -102,7 +112,7 @@ class Recorder:
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
         """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
         moments = self.moments.pop(key)
-        if not self.gram or not len(moments.mean):
+        if not self.gram or not len(moments.mean) or key[1] == "residual":
             return moments, None
         total = self.grams.pop(key, None)
         return moments, torch.zeros(2 * moments.mean.shape, device=self.device) if total is None else total
@@ -127,7 +137,7 @@ def module_stats(moments: Moments, norms: Norms | None) -> ModuleStats:
 
 
 def complete(
-    recorder: Recorder, key: Key, norms: Norms | None, ranks: Ranks
+    recorder: Recorder, key: tuple[int, Module], norms: Norms | None, ranks: Ranks
 ) -> tuple[ModuleStats, NDArray[np.float32] | None]:
     """A module's statistics over all ranks, and its Gram matrix where one is kept; of use on rank 0 alone."""
     mine, total = recorder.take(key)
@@ -136,3 +146,9 @@ def complete(
     if total is not None:
         gram = ranks.summed(total).div_(max(moments.count, 1)).cpu().numpy()
     return module_stats(moments, norms), gram
+
+
+def influence(recorder: Recorder, layer: int, ranks: Ranks) -> Influence:
+    """A layer's block influence over all ranks; of use on rank 0 alone."""
+    mine, _ = recorder.take((layer, "residual"))
+    return Influence(*ranks.merged(mine).mean.float().tolist())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,12 +63,24 @@ class ModuleStats:
     weight_abs_mean: Vector
 
 
+class Influence(NamedTuple):
+    """Block influence (`influence.turns`, mean over tokens) of a layer and of its modules on the residual stream."""
+
+    layer: float
+    attention: float
+    mlp: float
+
+
 @dataclass(frozen=True)
 class Stats:
-    """The artifact in memory; Gram matrices stay in the file and are read by `gram`."""
+    """The artifact in memory; Gram matrices stay in the file and are read by `gram`.
+
+    `influences` are the layers' in order, None in files that were written before flap kept them.
+    """
 
     header: StatsHeader
     modules: dict[tuple[int, Module], ModuleStats]
+    influences: list[Influence] | None = None
     path: Path | None = None
 
     @property
@@ -93,13 +105,24 @@ class Stats:
 
 
 def expected_tensors(shape: ModelShape) -> Iterable[TensorSpec]:
-    """Name and shape of every vector that a stats file of this model holds."""
+    """Name and shape of every vector that a stats file of this model holds, block influence apart."""
     for layer in range(shape.num_layers):
-        yield from _layer_tensors(shape, layer, None)
+        yield from _module_tensors(shape, layer, None)
+
+
+def _influence_tensors(layer: int) -> list[TensorSpec]:
+    """A layer's block influence and its modules', in the order of `Influence`."""
+    blocks = (f"layers.{layer}", *(f"layers.{layer}.{module}" for module in MODULES))
+    return [TensorSpec(f"{block}.block_influence", (1,), "F32") for block in blocks]
 
 
 def _layer_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
-    """A layer's vectors, and Gram matrices of that dtype code, in the order they are written."""
+    """A layer's tensors, with Gram matrices of that dtype code, in the order they are written."""
+    yield from _influence_tensors(layer)
+    yield from _module_tensors(shape, layer, gram)
+
+
+def _module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
     for module in MODULES:
         channels = shape.units(layer, module) * shape.channels_per_unit(module)
         for field in ModuleStats.__dataclass_fields__:
@@ -128,10 +151,16 @@ class StatsWriter:
         self._writer.rewind(self._ends[layers])
 
     def write(
-        self, layer: int, modules: Mapping[Module, ModuleStats], grams: Mapping[Module, NDArray[np.float32]]
+        self,
+        layer: int,
+        modules: Mapping[Module, ModuleStats],
+        influence: Influence,
+        grams: Mapping[Module, NDArray[np.float32]],
     ) -> None:
         """Append a layer and have it on disk. Raises ValueError out of order or where something is missing."""
-        for spec in self._layers[layer]:
+        for spec, turned in zip(_influence_tensors(layer), influence, strict=True):
+            self._writer.write(spec.name, np.array([turned], "<f4").view(np.uint8).data)
+        for spec in self._layers[layer][len(influence) :]:
             _, _, module, field = spec.name.split(".")
             value = grams[module] if field == "gram" else getattr(modules[module], field)  # type: ignore[index]
             if spec.dtype == "BF16":
@@ -161,6 +190,7 @@ def save_stats(
     path: Path,
     header: StatsHeader,
     modules: dict[tuple[int, Module], ModuleStats],
+    influences: list[Influence],
     grams: dict[tuple[int, Module], NDArray[np.float32]] | None = None,
     gram_dtype: GramDtype = "F32",
 ) -> None:
@@ -169,7 +199,8 @@ def save_stats(
     with atomic_file(path) as scratch, StatsWriter(scratch, header, gram) as writer:
         for layer in range(header.model.num_layers):
             own = {module: modules[layer, module] for module in MODULES}
-            writer.write(layer, own, {m: grams[layer, m] for m in MODULES if (layer, m) in grams} if grams else {})
+            squares = {m: grams[layer, m] for m in MODULES if (layer, m) in grams} if grams else {}
+            writer.write(layer, own, influences[layer], squares)
 
 
 def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
@@ -190,9 +221,12 @@ def load_header(path: Path) -> StatsHeader:
 def load_stats(path: Path) -> Stats:
     """Read and check a stats file. Raises FlapError naming what does not fit."""
     header, specs = _header_and_specs(path)
+    turned = [spec for layer in range(header.model.num_layers) for spec in _influence_tensors(layer)]
+    turned = turned if any(spec.name in specs for spec in turned) else []  # older files hold none
+    wanted = [*expected_tensors(header.model), *turned]
     wrong = [
         f"{want.name}: expected {list(want.shape)} {want.dtype}, found {_describe(specs.get(want.name))}"
-        for want in expected_tensors(header.model)
+        for want in wanted
         if specs.get(want.name) != want
     ]
     if wrong:
@@ -200,7 +234,7 @@ def load_stats(path: Path) -> Stats:
     from safetensors.numpy import safe_open
 
     with safe_open(path, framework="np") as file:
-        tensors: dict[str, Any] = {s.name: file.get_tensor(s.name) for s in expected_tensors(header.model)}
+        tensors: dict[str, Any] = {spec.name: file.get_tensor(spec.name) for spec in wanted}
     infinite = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if infinite:
         raise FlapError(f"{path} is corrupt: {infinite[0]} has values that are not finite")
@@ -211,7 +245,9 @@ def load_stats(path: Path) -> Stats:
         for layer in range(header.model.num_layers)
         for module in MODULES
     }
-    return Stats(header, modules, path)
+    values = [float(tensors[spec.name][0]) for spec in turned]
+    influences = [Influence(*values[i : i + 3]) for i in range(0, len(values), 3)]
+    return Stats(header, modules, influences or None, path)
 
 
 def _header_and_specs(path: Path) -> tuple[StatsHeader, dict[str, TensorSpec]]:

@@ -13,7 +13,7 @@ from flapcli.layers import Front, Layers, states_of
 from flapcli.loading import empty_model
 from flapcli.progress import Advance, Progress
 from flapcli.ranks import Ranks
-from flapcli.recording import Norms, Recorder, complete
+from flapcli.recording import Norms, Recorder, complete, influence
 from flapcli.resume import Resume
 from flapcli.shape import MODULES, Module
 from flapcli.stats import StatsWriter
@@ -95,12 +95,13 @@ class Streaming:
     def _write(self, index: int, norms: dict[Module, Norms | None]) -> None:
         """Merge the layer over ranks and append it to the statistics."""
         modules, grams = {}, {}
+        turned = influence(self.recorder, index, self.ranks)
         for module in MODULES:
             modules[module], gram = complete(self.recorder, (index, module), norms[module], self.ranks)
             if gram is not None:
                 grams[module] = gram
         if self.writer:
-            self.writer.write(index, modules, grams)
+            self.writer.write(index, modules, turned, grams)
 
 
 def stream(

@@ -56,6 +56,7 @@ def calibrate(model, text_file, run, nsamples=7):
 
 
 def assert_close(ours, theirs):
+    np.testing.assert_allclose(ours.influences, theirs.influences, rtol=1e-5)
     for key, stats in theirs.modules.items():
         found = ours.modules[key]
         for name in ("variance", "square_mean", "weight_square_sum", "weight_abs_mean"):

@@ -26,6 +26,7 @@ def both(flap, model, text_file, folder, *more, streamed=()):
 
 def assert_same(ours, theirs, gram=False):
     assert ours.modules.keys() == theirs.modules.keys()
+    assert ours.influences == theirs.influences is not None
     for key, stats in theirs.modules.items():
         for name, value in vars(stats).items():
             np.testing.assert_array_equal(getattr(ours.modules[key], name), value, err_msg=f"{key} {name}")

@@ -61,6 +61,9 @@ class GgufDescription(_Description):
 class Family(_Description):
     """A model family. `sizes` maps our names of sizes to config.json's keys.
 
+    `middle` is the layer's submodule whose input is the residual stream between attention and MLP.
+    `per_layer` are the configuration's lists of one entry for each layer, `leading` its numbers of first layers
+    that differ from the rest: what must follow where whole layers are dropped.
     `bias_options` maps a module to the configuration's switch that gives all its projections biases.
     """
 
@@ -73,6 +76,9 @@ class Family(_Description):
     layer: str
     attention: ModuleDescription
     mlp: ModuleDescription
+    middle: str
+    per_layer: list[str]
+    leading: list[str]
     bias_options: dict[Module, str]
     uncut: list[str]
     dropped: list[str]

@@ -147,7 +147,8 @@ class _Job:
             self.progress, self.resume, self.ranks, self.scale.device_map,
         )  # fmt: skip
         if self.ranks.rank == 0:
-            save_stats(self.out, self.header, measured.modules, measured.grams, self.gram or "F32")
+            found = measured.modules, measured.influences, measured.grams
+            save_stats(self.out, self.header, *found, self.gram or "F32")
 
     def streamed(self) -> None:
         limit = parse_size(self.scale.activation_memory, "--activation-memory")
