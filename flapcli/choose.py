@@ -1,8 +1,10 @@
 """Stage 2: from statistics to a plan. Needs no weights, no model, no torch."""
 
 from dataclasses import asdict
+from typing import Any
 
 from flapcli.allocate import Request, allocate
+from flapcli.depth import drop_layers
 from flapcli.errors import UsageError
 from flapcli.plan import Plan, StatsRef, build_plan
 from flapcli.scores import unit_scores
@@ -13,6 +15,7 @@ METHODS: dict[str, tuple[str | None, str | None]] = {
     "flap": (None, None),
     "wanda-sp": ("WIFN", "UL-UM"),
     "mag-sp": ("magnitude", "UL-UM"),
+    "depth": ("block-influence", "layers"),
 }
 DEFAULT_METRIC, DEFAULT_STRUCTURE = "WIFV", "AL-AM"
 
@@ -41,12 +44,16 @@ def choose(
 ) -> Plan:
     """The units that stay under a method, as a plan.
 
-    Raises UsageError where the request can't be reached.
+    Raises UsageError where the request can't be reached, FlapError where the statistics lack what the method needs.
     """
-    scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
-    kept = allocate(stats.model, scores, request)
-    settings = asdict(request) | {"attention_exponent": attention_exponent}
-    del settings["structure"], settings["ratio"]
+    settings: dict[str, Any] = {}
+    if method == "depth":
+        kept = drop_layers(stats, request.ratio)
+    else:
+        scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
+        kept = allocate(stats.model, scores, request)
+        settings = asdict(request) | {"attention_exponent": attention_exponent}
+        del settings["structure"], settings["ratio"]
     return build_plan(
         stats.model, reference, kept, request.ratio,
         method=method, metric=metric, structure=request.structure, settings=settings,

@@ -8,7 +8,7 @@ import typer
 from flapcli import __version__
 from flapcli.errors import UsageError
 
-Method = Literal["flap", "wanda-sp", "mag-sp"]
+Method = Literal["flap", "wanda-sp", "mag-sp", "depth"]
 Metric = Literal["IFV", "WIFV", "WIFN"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -91,7 +91,8 @@ RankTimeout = Annotated[
 MethodOption = Annotated[
     Method,
     typer.Option(help="flap; or a baseline: wanda-sp (scored here on the dense model's activations, where the "
-                 "authors feed each layer the pruned output of the ones before), mag-sp (weights only)."),
+                 "authors feed each layer the pruned output of the ones before), mag-sp (weights only), depth (whole "
+                 "layers, those of least block influence)."),
 ]  # fmt: skip
 MetricOption = Annotated[Metric | None, typer.Option(help="Score of a channel [default: WIFV].")]
 StructureOption = Annotated[

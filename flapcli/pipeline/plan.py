@@ -6,6 +6,7 @@ from typing import Any
 
 from flapcli.allocate import Request
 from flapcli.choose import check, choose, resolve
+from flapcli.depth import check_depth
 from flapcli.errors import FlapError
 from flapcli.plan import FORMAT as PLAN_FORMAT
 from flapcli.plan import Plan, StatsRef, load_plan, save_plan
@@ -25,6 +26,8 @@ def run_plan(
 ) -> tuple[Plan, bool]:
     """Stage 2: the plan of `stats_path` in `out`."""
     metric, structure = resolve(method, metric, structure)
+    if method == "depth":
+        check_depth(request, attention_exponent)
     exponent = attention_exponent or (2.0 if method == "flap" else 1.0)
     request = Request(**asdict(request) | {"structure": structure})
     check(request)

@@ -1,0 +1,48 @@
+"""Depth pruning: whole decoder layers by block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853). No torch."""
+
+import numpy as np
+
+from flapcli.allocate import Kept, Request
+from flapcli.errors import FlapError, UsageError
+from flapcli.shape import MODULES
+from flapcli.stats import Stats
+
+EXACT = 1 - 1e-12  # so that 0.55 of 20 layers is 11 of them, whatever 0.55 * 20 is in floating point
+
+
+def check_depth(request: Request, attention_exponent: float | None) -> None:
+    """Raise UsageError where an option speaks of units of width, which whole layers do not have."""
+    given = {
+        "--remove-heads": request.remove_heads is not None,
+        "--round-to": request.round_to > 1,
+        "--heads-multiple-of": request.heads_multiple_of > 1,
+        "--attention-exponent": attention_exponent is not None,
+    }
+    if wrong := [option for option, is_given in given.items() if is_given]:
+        raise UsageError(f"{wrong[0]}: --method depth drops whole layers; leave {wrong[0]} out")
+
+
+def drop_layers(stats: Stats, ratio: float) -> Kept:
+    """Units that stay: none in the layers of lowest block influence, the fewest that reach the ratio, else all.
+
+    Ties go by index. Raises FlapError where calibration kept no block influence, UsageError where no layer would stay.
+    """
+    shape = stats.model
+    if stats.influences is None:
+        raise FlapError(
+            f"{stats.path} is of an older flap and lacks block influence, which --method depth needs: "
+            "run `flap calibrate --force`"
+        )
+    weights = [sum(shape.units(i, m) * shape.unit_parameters(m) for m in MODULES) for i in range(shape.num_layers)]
+    order = np.argsort([influence.layer for influence in stats.influences], kind="stable")
+    order = order[np.array(weights)[order] > 0]
+    gone = np.cumsum([weights[layer] for layer in order], dtype=np.int64)
+    count = int(np.searchsorted(gone, ratio * sum(weights) * EXACT)) + 1 if ratio > 0 else 0
+    if count and count >= len(order):
+        raise UsageError(f"--ratio {ratio}: it takes all {len(order)} layers to reach it, and one must stay")
+    dropped = set(order[:count].tolist())
+    return {
+        (layer, module): np.arange(0 if layer in dropped else shape.units(layer, module))
+        for layer in range(shape.num_layers)
+        for module in MODULES
+    }
