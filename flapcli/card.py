@@ -60,10 +60,12 @@ def _hub_id(name: str) -> str | None:
 
 def _summary(plan: Plan, made_by: dict[str, Any]) -> str:
     how = "zeroed in place, shapes unchanged" if made_by["mask_only"] else "cut out"
+    what, source = "attention heads (or KV groups) and MLP neurons", "FLAP: An et al., AAAI 2024, arXiv 2312.11983"
+    if plan.method == "depth":
+        what, source = "decoder layers of least block influence", "ShortGPT: Men et al., 2024, arXiv 2403.03853"
     return (
-        f"{plan.ratio.achieved:.2%} of the prunable weights of `{_shown(made_by)}` are {how}: whole attention heads "
-        "(or KV groups) and MLP neurons, chosen without retraining\n(FLAP: An et al., AAAI 2024, arXiv 2312.11983). "
-        "`plan.yaml` says which units stayed."
+        f"{plan.ratio.achieved:.2%} of the prunable weights of `{_shown(made_by)}` are {how}: whole {what}, chosen "
+        f"without retraining\n({source}). `plan.yaml` says which units stayed."
     )
 
 
@@ -74,16 +76,19 @@ def _shown(made_by: dict[str, Any]) -> str:
 
 def _table(plan: Plan, flap: dict[str, Any], made_by: dict[str, Any]) -> str:
     p = plan.parameters
+    after = flap.get("parameters", p.model if made_by["mask_only"] else p.model_after)  # older folders lack it
     rows = {
         "method, metric, structure": f"{plan.method}, {plan.metric}, {plan.structure}",
         "ratio asked, achieved": f"{plan.ratio.requested}, {plan.ratio.achieved}",
         "compensation": made_by["compensate"],
         "calibration text": made_by.get("dataset") or "unknown",
         "parameters before": f"{p.model:,}",
-        "parameters after, without added biases": f"{p.model if made_by['mask_only'] else p.model_after:,}",
+        "parameters after": f"{after:,}",
         "biases added": ", ".join(flap["biases"]) or "none",
         "made by": f"flap {made_by['version']}",
     }
+    if "source_layers" in flap:
+        rows["layers"] = f"{len(flap['source_layers'])} of {len(plan.layers)}; the others are dropped whole"
     if errors := flap.get("output_error"):
         for module, pairs in errors.items():
             known = [pair for pair in pairs if pair]

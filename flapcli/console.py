@@ -12,7 +12,7 @@ from rich.text import Text
 
 from flapcli.evaluate.report import EvalReport
 from flapcli.evaluate.table import cost_rows, models_of, quality_rows, speed_lines
-from flapcli.plan import Plan
+from flapcli.plan import Plan, format_ranges
 from flapcli.progress import Advance
 from flapcli.shape import MODULES
 from flapcli.stats import StatsHeader
@@ -128,6 +128,9 @@ def show_folder(config: dict[str, Any], path: str) -> None:
     table.add_row("made from", made_by["model"]["name"])
     table.add_row("compensation", made_by["compensate"] + (", masked in place" if made_by["mask_only"] else ""))
     table.add_row("biases added", ", ".join(flap["biases"]) or "none")
+    if "source_layers" in flap:
+        kept = flap["source_layers"]
+        table.add_row("layers", f"{len(kept)} of the dense model's: {format_ranges(kept)}")
     for size in ("num_key_value_heads", "intermediate_size"):
         values = flap[size]
         table.add_row(size, f"{min(values)} to {max(values)}, {sum(values):,} in all")

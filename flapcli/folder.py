@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from flapcli import modeling
 from flapcli.apply import Compensation
 from flapcli.card import model_card
 from flapcli.checkpoint.base import Checkpoint
+from flapcli.dropped import Depth
 from flapcli.families import Family
 from flapcli.plan import Plan, save_plan
+from flapcli.safetensors_io import read_header
 from flapcli.shape import MODULES, LayerShape, ModelShape, Module
 from flapcli.stock import Stock
 
@@ -28,33 +31,41 @@ def write_companions(
     plan: Plan,
     made_by: dict[str, Any],
     layers: tuple[LayerShape, ...],
+    depth: Depth,
     dtype: str,
     compensation: Compensation,
     stock: Stock | None,
 ) -> None:
-    """Write everything but weights into `folder`.
+    """Write everything but weights into `folder`, where those are already.
 
     `made_by` is what the folder was made from and how, for the cache and for people; `layers` the sizes of the
-    written weights, `dtype` their torch name, `compensation` what they were written with; `stock` makes a
-    folder of the family's own class.
+    written weights, `depth` which layers of the source they are, `dtype` their torch name, `compensation` what they
+    were written with; `stock` makes a folder of the family's own class.
     """
-    family = checkpoint.family
+    family, written = checkpoint.family, folder.glob("*.safetensors")
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "flap", "auto_map")}
     added = {family.module(module).output for module in MODULES} if compensation.adds_bias else set()
     flap: dict[str, Any] = {
         "format": FORMAT,
         **{size: [getattr(layer, size) for layer in layers] for size in LayerShape._fields},
         "biases": sorted(added | set(checkpoint.config.get("flap", {}).get("biases", []))),
+        "parameters": sum(prod(spec.shape) for path in written for spec in read_header(path).tensors.values()),
     }
+    if depth.fields:
+        config |= depth.fields
+        flap["source_layers"] = list(depth.stay)
     if compensation.errors:
         flap["output_error"] = {
-            module: [compensation.errors.get((i, module)) for i in range(len(layers))] for module in MODULES
+            module: [compensation.errors.get((i, module)) for i in depth.stay] for module in MODULES
         }
     if stock:
         config |= {"architectures": [family.architecture]} | stock.fields
     else:
         name = f"Flap{family.architecture}"
-        config |= {"architectures": [name], "auto_map": {"AutoModelForCausalLM": f"{MODELING[:-3]}.{name}"}}
+        config |= depth.fields | {
+            "architectures": [name],
+            "auto_map": {"AutoModelForCausalLM": f"{MODELING[:-3]}.{name}"},
+        }
         flap["modules"] = [_describe(family, module, checkpoint.shape) for module in MODULES]
         shutil.copyfile(modeling.__file__, folder / MODELING)
     config |= {"dtype": dtype, "flap": flap | {"made_by": made_by}}

@@ -9,6 +9,7 @@ from typing import Any
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.checkpoint.folder import first_line
+from flapcli.dropped import Depth
 from flapcli.families import Size
 from flapcli.safetensors_io import TensorSpec
 from flapcli.shape import MODULES, LayerShape, Module
@@ -23,9 +24,9 @@ class Stock:
 
 
 def as_stock(
-    checkpoint: Checkpoint, layers: tuple[LayerShape, ...], adds_bias: bool, dtype: str
+    checkpoint: Checkpoint, layers: tuple[LayerShape, ...], depth: Depth, adds_bias: bool, dtype: str
 ) -> tuple[Stock | None, str]:
-    """The stock form of a pruned checkpoint with `layers`, or None; and the reason, for people.
+    """The stock form of a pruned checkpoint with `layers`, those of `depth`, or None; and the reason, for people.
 
     `dtype` is the safetensors code of the written weights.
     """
@@ -39,17 +40,17 @@ def as_stock(
     unsaid = [family.module(module).output for module in wanted if module not in family.bias_options]
     if unsaid:
         return None, f"{family.architecture} knows no bias on {' and '.join(unsaid)}"
-    fields: dict[str, Any] = {family.sizes[size]: getattr(even, size) for size in LayerShape._fields}
+    fields: dict[str, Any] = {family.sizes[size]: getattr(even, size) for size in LayerShape._fields} | depth.fields
     fields |= {family.sizes["head_dim"]: checkpoint.shape.head_dim}
     fields |= {family.bias_options[module]: True for module in wanted}
     if refusal := _refused(checkpoint, fields):
         return None, refusal
     zeros = [
         TensorSpec(f"{family.layer.format(i=i)}.{producer}.bias", (_rows(checkpoint, layer, size),), dtype)
-        for i, layer in enumerate(layers)
+        for i, (source, layer) in enumerate(zip(depth.stay, layers, strict=True))
         for module in wanted
         for producer, size in family.module(module).producers.items()
-        if f"{family.layer.format(i=i)}.{producer}.bias" not in checkpoint.tensors
+        if f"{family.layer.format(i=source)}.{producer}.bias" not in checkpoint.tensors
     ]
     return Stock(fields, zeros), "every layer keeps the same sizes"
 

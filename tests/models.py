@@ -29,6 +29,7 @@ CONFIGS = {
     "mistral-window": MistralConfig(**SIZES, **GQA, head_dim=8, sliding_window=5),
     "qwen2": Qwen2Config(**SIZES, **GQA),
     "qwen2-tied": Qwen2Config(**SIZES, **MHA, tie_word_embeddings=True),
+    "qwen2-window": Qwen2Config(**SIZES, **GQA, use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen3": Qwen3Config(**SIZES, **GQA, head_dim=16),
 }
 

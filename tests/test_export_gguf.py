@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from models import CONFIGS, GQA, SIZES, make_tiny
 from tokenizers import pre_tokenizers
 from tokenizers_like import PRE, VOCABULARY, byte_level, sentencepiece_like
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from flapcli import modeling
 from flapcli.checkpoint import open_checkpoint
@@ -43,7 +43,8 @@ def more_configs():
 
 def load(folder: Path):
     config = json.loads((folder / "config.json").read_text())
-    return getattr(modeling, config["architectures"][0]).from_pretrained(folder, dtype=torch.float32).eval()
+    loader = getattr(modeling, config["architectures"][0]) if "auto_map" in config else AutoModelForCausalLM
+    return loader.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def assert_same_function(gguf: Path, folder: Path) -> None:
@@ -66,16 +67,33 @@ def test_llamacpp_computes_what_torch_computes(kind, tiny, prune, flap, tmp_path
     assert_same_function(run / "pruned.gguf", run / "pruned")
 
 
-@pytest.mark.parametrize("kind", ["llama-mha", "llama-biases", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-tied", "llama-head-dim", "mistral", "qwen2"])
+def test_dropped_layers(kind, tiny, prune, flap, tmp_path):
+    """A stock folder of two layers, and one of two uneven ones, of which one has no heads."""
+    run = prune(tiny(kind), tmp_path / "run", "--ratio 0")
+    for name, emptied in (("even", {"- index: 0": [1, 2]}), ("uneven", {"- index: 0": [1, 2], "- index: 1": [1]})):
+        empty_modules(run, emptied)
+        flap("apply", "-d", run, "--compensate", "none")
+        flap("export", "gguf", "-d", run, "--outtype", "f32", "-o", run / f"{name}.gguf")
+        assert (run / "pruned" / "modeling_flap.py").exists() == (name == "uneven")
+        assert open_checkpoint(str(run / "pruned")).shape.num_layers == 2
+        assert_same_function(run / f"{name}.gguf", run / "pruned")
+
+
+def empty_modules(run, emptied):
+    """Edits the plan: below each line, the modules so many lines below it keep nothing."""
+    text = (run / "plan.yaml").read_text().splitlines()
+    for i, line in enumerate(text):
+        for below in emptied.get(line.strip(), []):
+            text[i + below] = re.sub('keep: ".*?"', 'keep: ""', text[i + below])
+    (run / "plan.yaml").write_text("\n".join(text))
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_emptied_modules(kind, tiny, prune, flap, tmp_path):
     """A layer without heads, one without neurons, one without either: what is left of them is a bias."""
     run = prune(tiny(kind), tmp_path / "run", "--ratio 0")
-    text = (run / "plan.yaml").read_text().splitlines()
-    for i, line in enumerate(text):
-        emptied = {"- index: 0": [1], "- index: 1": [2], "- index: 2": [1, 2]}.get(line.strip(), [])
-        for below in emptied:
-            text[i + below] = re.sub('keep: ".*?"', 'keep: ""', text[i + below])
-    (run / "plan.yaml").write_text("\n".join(text))
+    empty_modules(run, {"- index: 0": [1], "- index: 1": [2], "- index: 2": [1, 2]})
     flap("apply", "-d", run)
     flap("export", "gguf", "-d", run, "--outtype", "f32")
     assert open_checkpoint(str(run / "pruned")).shape.layers[2] == LayerShape(0, 0, 0)

@@ -3,16 +3,19 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flapcli import __version__
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.errors import FlapError, UsageError
-from flapcli.plan import Plan, load_plan, pruned_layers
+from flapcli.plan import Plan, format_ranges, load_plan, pruned_layers
 from flapcli.progress import Progress
 from flapcli.rundir import atomic_folder, sha256
 from flapcli.stats import Stats, load_header, load_stats
+
+if TYPE_CHECKING:
+    from flapcli.dropped import Depth
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def _write_folder(
 ) -> None:
     from flapcli.apply import TORCH_DTYPES, Compensation, jobs, write, zeros
     from flapcli.device import dtype_name
+    from flapcli.dropped import depth_of, renumbered
     from flapcli.folder import write_companions
     from flapcli.loading import quiet_transformers
     from flapcli.stock import as_stock
@@ -88,18 +92,33 @@ def _write_folder(
     compensation = Compensation(made_by["compensate"], stats, options.ridge, options.lstsq_bias)
     _say_of_rank(stats, made_by["compensate"], progress)
     work = jobs(checkpoint, plan, compensation, options.mask_only, options.dtype)
+    depth = depth_of(checkpoint, plan, compensation.adds_bias, options.mask_only)
+    _say_of_depth(depth, len(plan.layers), progress)
+    work = renumbered(work, checkpoint, depth)
     code = next(spec.dtype for job in work for spec in job.outputs if len(spec.shape) == 2)
-    layers = checkpoint.shape.layers if options.mask_only else pruned_layers(plan, checkpoint.shape)
+    sizes = checkpoint.shape.layers if options.mask_only else pruned_layers(plan, checkpoint.shape)
+    layers = tuple(sizes[i] for i in depth.stay)
     stock = None
     if options.remote_code == "auto":
-        stock, why = as_stock(checkpoint, layers, compensation.adds_bias, code)
+        stock, why = as_stock(checkpoint, layers, depth, compensation.adds_bias, code)
         how = f"a stock {checkpoint.family.architecture}" if stock else "a checkpoint that needs trust_remote_code"
         progress.note(f"{why}: writing {how}")
     work += zeros(stock.zero_biases if stock else [])
     with atomic_folder(out) as scratch:
         write(scratch, work, shard_size, progress)
         dtype = dtype_name(TORCH_DTYPES[code])
-        write_companions(scratch, checkpoint, plan, made_by, layers, dtype, compensation, stock)
+        write_companions(scratch, checkpoint, plan, made_by, layers, depth, dtype, compensation, stock)
+
+
+def _say_of_depth(depth: "Depth", count: int, progress: Progress) -> None:
+    if len(depth.stay) < count:
+        gone = format_ranges(sorted(set(range(count)) - set(depth.stay)))
+        progress.note(f"layers that keep nothing leave the checkpoint: {gone}; {len(depth.stay)} of {count} stay")
+    if depth.acting:
+        progress.note(
+            f"layers that keep no unit stay as their biases alone, which go on acting: {format_ranges(depth.acting)}; "
+            "--compensate none drops layers whole where the model itself has no biases there"
+        )
 
 
 def _say_of_rank(stats: Stats | None, compensate: str, progress: Progress) -> None:
