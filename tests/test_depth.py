@@ -256,5 +256,6 @@ def test_every_command_takes_a_folder_of_fewer_layers(tiny, flap, text_file, tmp
         "flap",
     ]
     flap("compare", run, run)
+    flap("report", "-d", run)
     flap("run", folder, "-d", tmp_path / "again", *small, *measured, "--method", "depth", "--ratio", 0.5)
     assert load_stock(tmp_path / "again" / "pruned").config.num_hidden_layers == 1
