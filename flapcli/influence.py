@@ -19,8 +19,8 @@ def turns(before: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> to
     The stream (..., hidden) is that before a layer, between its attention and its MLP, and after it; the columns
     are those of `stats.Influence`: the layer, its attention, its MLP. A stream of zeros counts as turned.
     """
-    streams = [x.to(after.device).reshape(-1, x.shape[-1]).float() for x in (before, middle, after)]
-    stacked = torch.stack(streams, dim=1)
+    streams = [x.to(after.device).reshape(-1, x.shape[-1]) for x in (before, middle, after)]
+    stacked = torch.stack(streams, dim=1).float()
     # All products of the three at once: several times as fast as three cosine similarities.
     products = stacked @ stacked.transpose(1, 2)
     norms = products.diagonal(dim1=1, dim2=2).sqrt()
