@@ -127,7 +127,7 @@ def parse_count(text: str, option: str) -> int:
 
 
 def find_ratio(target: Target, shape: ModelShape, kept_at: Callable[[float], Kept]) -> float:
-    """The smallest ratio whose plan meets the target, in billionths.
+    """A ratio, in billionths, whose plan is the largest that meets the target.
 
     `kept_at` says what stays at a ratio: ever less, in steps. Past what can be removed it raises
     UnreachableError; below what its options remove in any case, UsageError. Raises UsageError where the
@@ -151,7 +151,7 @@ def find_ratio(target: Target, shape: ModelShape, kept_at: Callable[[float], Kep
     while high - low > 1:
         if low in sizes and high in sizes and sizes[low] - sizes[high] <= step:
             break  # no plan lies between
-        middle = (low + high) // 2
+        middle = _probe(low, high, sizes, target.limit, step)
         low, high = (low, middle) if meets(middle) else (middle, high)
     if high not in sizes:
         largest = max(low, 0) / STEPS
@@ -161,6 +161,18 @@ def find_ratio(target: Target, shape: ModelShape, kept_at: Callable[[float], Kep
             f"prunable weights, which leaves {least:,} {target.unit}"
         )
     return high / STEPS
+
+
+def _probe(low: int, high: int, sizes: dict[int, int], limit: int, step: int) -> int:
+    """Where to look between both ends: near the limit, as sizes fall almost evenly; halfway once that was tried.
+
+    In turns a little below and above, so that both ends close in.
+    """
+    if low not in sizes or high not in sizes or len(sizes) > 8:
+        return (low + high) // 2
+    slope = (sizes[low] - sizes[high]) / (high - low)
+    aside = 2 * step / slope * (-1) ** len(sizes)
+    return min(max(round(low + (sizes[low] - limit) / slope + aside), low + 1), high - 1)
 
 
 def exceeded(settings: Mapping[str, Any], specs: Iterable[TensorSpec]) -> str | None:
