@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from flapcli.evaluate.table import megabytes
 from flapcli.sweep import Figures, Row, Sweep
 
 WIDTH, HEIGHT, MARGIN = 60, 12, 10  # of the plot and of its labels, in characters
@@ -17,13 +18,18 @@ def sweep_table(sweep: Sweep) -> Table:
     table = Table(title=f"sweep of {sweep.model}", title_justify="left")
     texts = list(sweep.rows[0].perplexity)
     averaged = any(row.task_average is not None for row in sweep.rows)
-    for column in ("ratio", "parameters", "bytes", *(f"perplexity {Path(text).name}" for text in texts)):
+    for column in ("ratio", "parameters", "weights", *(f"perplexity {Path(text).name}" for text in texts)):
         table.add_column(column, justify="right")
     if averaged:
         table.add_column("average of tasks", justify="right")
     for row in [*([sweep.dense] if sweep.dense else []), *sweep.rows]:
-        name = f"{row.ratio} ({row.achieved:.4f})" if isinstance(row, Row) else "dense"
-        cells = [name, f"{row.parameters:,}", f"{row.bytes:,} ({row.stored_as})", *(_cell(row, t) for t in texts)]
+        name = str(row.ratio) if isinstance(row, Row) else "dense"
+        cells = [
+            name,
+            f"{row.parameters:,}",
+            f"{megabytes(row.bytes)} {row.stored_as}",
+            *(_cell(row, t) for t in texts),
+        ]
         table.add_row(*cells, *(["-" if row.task_average is None else f"{row.task_average:.4f}"] if averaged else []))
     return table
 
@@ -46,13 +52,13 @@ def sweep_plot(sweep: Sweep) -> Text:
             y = _place(log10(model.perplexity[text]), min(heights), max(heights), HEIGHT)
             grid[HEIGHT - 1 - y][x] = mark
     ticks = {0: max(heights), HEIGHT // 2: (max(heights) + min(heights)) / 2, HEIGHT - 1: min(heights)}
-    lines = ["perplexity"]
+    lines = ["perplexity over parameters"]
     for place, line in enumerate(grid):
         label = f"{10 ** ticks[place]:,.4g}" if place in ticks else ""
         lines.append(f"{label:>{MARGIN}} ┤{''.join(line).rstrip()}")
     lines.append(f"{'':>{MARGIN}} └{'─' * WIDTH}")
     low, high = f"{min(sizes):,}", f"{max(sizes):,}"
-    lines.append(f"{'':>{MARGIN}}  {low}{high:>{WIDTH - len(low)}} parameters")
+    lines.append(f"{'':>{MARGIN}}  {low}{high:>{WIDTH - len(low)}}")
     lines.append(" " * (MARGIN + 2) + "   ".join(f"{m} {Path(t).name}" for m, t in zip(MARKS, texts, strict=False)))
     return Text("\n".join(lines), no_wrap=True)
 

@@ -48,7 +48,7 @@ def test_rows_are_those_of_separate_runs(swept, arguments, flap, tmp_path, text_
 
 def test_it_is_shown_and_drawn(swept, flap):
     run, said = swept
-    for words in ("dense", "0.1 (0.", "0.3 (0.", "topics.txt", "parameters", "●"):
+    for words in ("dense", "0.1", "0.3", "topics.txt", "parameters", "●"):
         assert words in said.stdout
     picture = ElementTree.parse(run / "sweep" / "sweep.svg")
     assert picture.getroot().tag.endswith("svg")

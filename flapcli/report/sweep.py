@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from flapcli.report.plots import DENSE, svg
 from flapcli.rundir import atomic_file
@@ -28,7 +28,8 @@ def sweep_picture(sweep: Sweep) -> Figure:
             axes.annotate(f"{row.ratio}", at, (4, 4), textcoords="offset points", fontsize=7.5, color=DENSE)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:,.4g} M")
     axes.set_xlabel("parameters (hollow: dense; small figures: ratio)")
