@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flapcli.errors import UsageError
+from flapcli.errors import UnreachableError, UsageError
 from flapcli.scores import UnitScores
 from flapcli.shape import MODULES, ModelShape, Module
 
@@ -121,9 +121,9 @@ def _removable(units: int, request: Request) -> int:
     return units if request.allow_empty else max(units - 1, 0)
 
 
-def _unreachable(request: Request, why: str) -> UsageError:
+def _unreachable(request: Request, why: str) -> UnreachableError:
     hint = "" if request.allow_empty else ", since every module keeps a unit without --allow-empty"
-    return UsageError(f"--ratio {request.ratio} can't be reached: {why}{hint}")
+    return UnreachableError(f"--ratio {request.ratio} can't be reached: {why}{hint}")
 
 
 def _to_multiples(shape: ModelShape, scores: UnitScores, removed: Counts, request: Request) -> Counts:

@@ -1,14 +1,15 @@
 """Stage 2: from statistics to a plan. Needs no weights, no model, no torch."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from flapcli.allocate import Request, allocate
+from flapcli.allocate import Kept, Request, allocate
 from flapcli.depth import drop_layers
 from flapcli.errors import UsageError
 from flapcli.plan import Plan, StatsRef, build_plan
 from flapcli.scores import unit_scores
 from flapcli.stats import Stats
+from flapcli.target import Target, find_ratio
 
 # Baselines fix metric and structure (METHOD.md, Baselines); a metric of None leaves the choice to the user.
 METHODS: dict[str, tuple[str | None, str | None]] = {
@@ -40,20 +41,36 @@ def check(request: Request) -> None:
 
 
 def choose(
-    stats: Stats, reference: StatsRef, method: str, metric: str, request: Request, attention_exponent: float
+    stats: Stats,
+    reference: StatsRef,
+    method: str,
+    metric: str,
+    request: Request,
+    attention_exponent: float,
+    target: Target | None = None,
 ) -> Plan:
-    """The units that stay under a method, as a plan.
+    """The units that stay under a method, as a plan; a `target` decides the ratio in the request's place.
 
     Raises UsageError where the request can't be reached, FlapError where the statistics lack what the method needs.
     """
     settings: dict[str, Any] = {}
     if method == "depth":
-        kept = drop_layers(stats, request.ratio)
+
+        def kept_at(ratio: float) -> Kept:
+            return drop_layers(stats, ratio)
+
     else:
         scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
-        kept = allocate(stats.model, scores, request)
         settings = asdict(request) | {"attention_exponent": attention_exponent}
         del settings["structure"], settings["ratio"]
+
+        def kept_at(ratio: float) -> Kept:
+            return allocate(stats.model, scores, replace(request, ratio=ratio))
+
+    if target:
+        request = replace(request, ratio=find_ratio(target, stats.model, kept_at))
+        settings |= target.settings
+    kept = kept_at(request.ratio)
     return build_plan(
         stats.model, reference, kept, request.ratio,
         method=method, metric=metric, structure=request.structure, settings=settings,

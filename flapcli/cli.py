@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from flapcli import cli_results as _cli_results  # noqa: F401  registers its commands
+from flapcli import cli_sweep as _cli_sweep  # noqa: F401  likewise
 from flapcli import options as o
 from flapcli.command import RUN, app, bars, command, tell
 from flapcli.errors import FlapError, UsageError
@@ -61,7 +62,7 @@ def calibrate(
     scale = Scale(stream, activation_memory, device_map, rank_timeout)
     path = out or run_dir / "stats.safetensors"
     hub = Hub(revision, cache_dir, trust_remote_code)
-    compute = Compute(device, _batch(batch_size))
+    compute = Compute(device, o.batch(batch_size))
     header, cached = run_calibrate(path, model, hub, wanted, compute, force, bars(), scale)
     if is_writer():
         tell(path, cached, as_json, header.model_dump(), "show_stats", header)
@@ -75,12 +76,16 @@ def plan(
     method: o.MethodOption = "flap",
     metric: o.MetricOption = None,
     structure: o.StructureOption = None,
-    ratio: o.RatioOption = 0.2,
+    ratio: o.RatioOption = None,
     remove_heads: o.RemoveHeads = None,
     round_to: o.RoundTo = 1,
     heads_multiple_of: o.HeadsMultiple = 1,
     allow_empty: o.AllowEmpty = False,
     attention_exponent: o.Exponent = None,
+    target_params: o.TargetParams = None,
+    target_size: o.TargetSize = None,
+    dtype: o.TargetDtype = None,
+    target_biases: o.TargetBiases = None,
     force: o.Force = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -88,12 +93,15 @@ def plan(
     """Choose which heads and neurons stay -> DIR/plan.yaml, to read and to edit."""
     from flapcli.allocate import Request
     from flapcli.pipeline.plan import run_plan
+    from flapcli.target import target_of
 
     path = out or run_dir / "plan.yaml"
-    request = Request(structure or "", ratio, remove_heads, round_to, heads_multiple_of, allow_empty)
+    target = target_of(ratio, target_params, target_size, dtype, target_biases, method)
+    share = 0.2 if ratio is None else ratio
+    request = Request(structure or "", share, remove_heads, round_to, heads_multiple_of, allow_empty)
     made, cached = run_plan(
         path, stats or run_dir / "stats.safetensors", method, metric, request,
-        structure, attention_exponent, force,
+        structure, attention_exponent, force, target,
     )  # fmt: skip
     tell(path, cached, as_json, made.model_dump(exclude_none=True), "show_plan", made)
 
@@ -180,7 +188,7 @@ def eval_(
     )  # fmt: skip
     report, cached = run_eval(
         path, checkpoint or str(run_dir / "pruned"), model, Hub(revision, cache_dir, trust_remote_code),
-        wanted, Compute(device, _batch(batch_size), threads, stream), force, bars(), cache_requests,
+        wanted, Compute(device, o.batch(batch_size), threads, stream), force, bars(), cache_requests,
     )  # fmt: skip
     tell(path, cached, as_json, report.model_dump(), "show_report", report)
     if report.task_failures:
@@ -192,7 +200,7 @@ def eval_(
 def run(
     model: o.Model = "demo",
     run_dir: o.Run = RUN,
-    ratio: o.RatioOption = 0.2,
+    ratio: o.RatioOption = None,
     method: o.MethodOption = "flap",
     metric: o.MetricOption = None,
     structure: o.StructureOption = None,
@@ -201,11 +209,14 @@ def run(
     heads_multiple_of: o.HeadsMultiple = 1,
     allow_empty: o.AllowEmpty = False,
     attention_exponent: o.Exponent = None,
+    target_params: o.TargetParams = None,
+    target_size: o.TargetSize = None,
     compensate: o.CompensateOption = None,
     ridge: o.Ridge = 0.01,
     bias: o.LstsqBias = True,
     mask_only: o.MaskOnly = False,
     remote_code: o.RemoteCode = "auto",
+    store_dtype: o.StoreDtypeOfRun = None,
     max_shard_size: o.MaxShardSize = "5GB",
     dataset: o.Dataset = None,
     text_column: o.TextColumn = "text",
@@ -234,9 +245,15 @@ def run(
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
     from flapcli.pipeline.common import several_processes
+    from flapcli.target import target_of
 
     if several_processes():
         raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
+    counted = store_dtype if target_size else None
+    target = target_of(ratio, target_params, target_size, counted, None, method)
+    if target and mask_only:
+        raise UsageError(f"--mask-only leaves the size as it is: leave out {target.option}")
+    biases = compensate == "bias" or (compensate == "lstsq" and bias)
     shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
     hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     where = {"batch_size": batch_size, "device": device, "seqlen": seqlen, "text_column": text_column}
@@ -246,9 +263,11 @@ def run(
          | where | hub),
         (plan, {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
-                "allow_empty": allow_empty, "attention_exponent": attention_exponent}),
+                "allow_empty": allow_empty, "attention_exponent": attention_exponent,
+                "target_params": target_params, "target_size": target_size,
+                "dtype": counted, "target_biases": biases if target and compensate else None}),
         (apply, {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
-                 "remote_code": remote_code, "max_shard_size": max_shard_size} | hub),
+                 "remote_code": remote_code, "max_shard_size": max_shard_size, "dtype": store_dtype} | hub),
         (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "stream": stream,
                  "dtype": eval_dtype, "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
          | where | hub),
@@ -298,11 +317,3 @@ def families(as_json: o.Json = False, debug: o.Debug = False) -> None:
         for f in known().values()
     ]
     console.data(rows) if as_json else console.show_families(rows)
-
-
-def _batch(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--batch-size {text}: give a number of windows, at least 1, or auto")
-    return int(text)

@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flapcli.console_sweep import sweep_plot, sweep_table
 from flapcli.evaluate.report import EvalReport
 from flapcli.evaluate.table import cost_rows, models_of, quality_rows, speed_lines
 from flapcli.plan import Plan, format_ranges
 from flapcli.progress import Advance
 from flapcli.shape import MODULES
 from flapcli.stats import StatsHeader
+from flapcli.sweep import Sweep
+from flapcli.target import recorded
 
 out = Console()
 err = Console(stderr=True)
@@ -107,6 +110,10 @@ def show_plan(plan: Plan) -> None:
         f"parameters {p.model:,} -> {p.model_after:,}",
         highlight=False,
     )
+    if target := recorded(plan.settings):
+        counted = "biases that compensation adds included" if target.biases else "no added biases counted"
+        written = f", written as {target.dtype}" if target.dtype else ""
+        out.print(f"target: at most {target.limit:,} {target.unit}{written}, {counted}", highlight=False)
     _say_of_widths(plan.settings.get("round_to"))
 
 
@@ -136,6 +143,19 @@ def show_folder(config: dict[str, Any], path: str) -> None:
         table.add_row(size, f"{min(values)} to {max(values)}, {sum(values):,} in all")
     table.add_row("weights", config["dtype"])
     out.print(table)
+    if errors := flap.get("output_error"):
+        _show_output_errors(errors)
+
+
+def _show_output_errors(errors: dict[str, list[list[float] | None]]) -> None:
+    """What least squares gained: share of each projection's output variance lost on the calibration text."""
+    table = Table(title="output variance lost, with the pruned channels' mean -> least squares", title_justify="left")
+    table.add_column("layer", justify="right")
+    for module in MODULES:
+        table.add_column(module, justify="right")
+    for layer, pairs in enumerate(zip(*(errors[module] for module in MODULES), strict=True)):
+        table.add_row(str(layer), *(f"{pair[0]:.2%} -> {pair[1]:.2%}" if pair else "-" for pair in pairs))
+    out.print(table)
 
 
 def show_report(report: EvalReport) -> None:
@@ -151,6 +171,12 @@ def show_report(report: EvalReport) -> None:
         out.print(Text(line), soft_wrap=True)
     if report.task_failures:
         out.print(Text(f"tasks that were not run: {', '.join(report.task_failures)}"), soft_wrap=True)
+
+
+def show_sweep(sweep: Sweep) -> None:
+    """A row per ratio, and perplexity over size."""
+    out.print(sweep_table(sweep))
+    out.print(sweep_plot(sweep))
 
 
 def show_export(told: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from flapcli.allocate import Kept, Request
-from flapcli.errors import FlapError, UsageError
+from flapcli.errors import FlapError, UnreachableError, UsageError
 from flapcli.shape import MODULES
 from flapcli.stats import Stats
 
@@ -25,7 +25,8 @@ def check_depth(request: Request, attention_exponent: float | None) -> None:
 def drop_layers(stats: Stats, ratio: float) -> Kept:
     """Units that stay: none in the layers of lowest block influence, the fewest that reach the ratio, else all.
 
-    Ties go by index. Raises FlapError where calibration kept no block influence, UsageError where no layer would stay.
+    Ties go by index. Raises FlapError where calibration kept no block influence, UnreachableError where no layer
+    would stay.
     """
     shape = stats.model
     if stats.influences is None:
@@ -39,7 +40,7 @@ def drop_layers(stats: Stats, ratio: float) -> Kept:
     gone = np.cumsum([weights[layer] for layer in order], dtype=np.int64)
     count = int(np.searchsorted(gone, ratio * sum(weights) * EXACT)) + 1 if ratio > 0 else 0
     if count and count >= len(order):
-        raise UsageError(f"--ratio {ratio}: it takes all {len(order)} layers to reach it, and one must stay")
+        raise UnreachableError(f"--ratio {ratio}: it takes all {len(order)} layers to reach it, and one must stay")
     dropped = set(order[:count].tolist())
     return {
         (layer, module): np.arange(0 if layer in dropped else shape.units(layer, module))

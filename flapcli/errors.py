@@ -11,3 +11,7 @@ class UsageError(FlapError):
     """Misuse, decided by the options alone. Exit code 2."""
 
     exit_code = 2
+
+
+class UnreachableError(UsageError):
+    """More is to be removed than can go; less of it may do, so that a search turns back here."""

@@ -100,7 +100,24 @@ StructureOption = Annotated[
     typer.Option(help="UL: same in every layer, AL: adaptive over layers; UM: the ratio in both modules, MM: heads by "
                  "--remove-heads, AM: adaptive over modules [default: AL-AM]."),
 ]  # fmt: skip
-RatioOption = Annotated[float, typer.Option(help="Share of the prunable weights to remove.")]
+RatioOption = Annotated[
+    float | None, typer.Option(help="Share of the prunable weights to remove [default: 0.2].", show_default=False)
+]
+TargetParams = Annotated[
+    str | None,
+    typer.Option(help="Instead of --ratio: parameters that the whole model has at most, such as 100M or 1.5B, the "
+                 "biases that apply adds included."),
+]  # fmt: skip
+TargetSize = Annotated[
+    str | None,
+    typer.Option(help="Instead of --ratio: bytes of weights that apply writes at most, such as 250MB or 1GiB; counted "
+                 "in the source's type (float32 for GGUF) where no type is given."),
+]  # fmt: skip
+Ratios = Annotated[str, typer.Option(help="Shares of the prunable weights to remove, separated by commas.")]
+Keep = Annotated[
+    bool,
+    typer.Option("--keep/--no-keep", help="Keep every pruned folder; otherwise each goes once it is measured."),
+]
 RemoveHeads = Annotated[
     int | None,
     typer.Option(min=0, help="For -MM: heads (KV groups under GQA) to remove from the whole model."),
@@ -136,9 +153,23 @@ RemoteCode = Annotated[
     typer.Option(help="auto: where every layer keeps the same sizes, write a checkpoint that needs no remote code."),
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
-StoreDtype = Annotated[
-    StoredDtype | None, typer.Option("--dtype", help="Type of the written weights [default: the source's].")
+StoreDtypeOfRun = Annotated[
+    StoredDtype | None, typer.Option("--store-dtype", help="Type of the written weights [default: the source's].")
 ]
+TargetDtype = Annotated[
+    StoredDtype | None,
+    typer.Option("--dtype", help="For --target-size: type that the weights are counted in; apply follows it."),
+]
+TargetBiases = Annotated[
+    bool | None,
+    typer.Option("--target-biases/--no-target-biases", help="For targets: count the biases that compensation adds "
+                 "[default: for flap, not for baselines, as apply adds them by default]."),
+]  # fmt: skip
+StoreDtype = Annotated[
+    StoredDtype | None,
+    typer.Option("--dtype", help="Type of the written weights [default: what the plan's --target-size was counted in, "
+                 "else the source's]."),
+]  # fmt: skip
 
 Outtype = Annotated[
     Literal["f32", "f16", "bf16", "q8_0"],
@@ -173,6 +204,26 @@ SpeedNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to decode after
 SpeedRounds = Annotated[int, typer.Option(min=1, help="Timed rounds, after one that warms up.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch [default: its own choice].")]
 Plot = Annotated[Path | None, typer.Option(help="Draw what the plan keeps into this .png or .svg file.")]
+
+
+def batch(text: str) -> int | None:
+    """The number of --batch-size; None for auto. Raises UsageError for anything else."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--batch-size {text}: give a number of windows, at least 1, or auto")
+    return int(text)
+
+
+def ratios(text: str) -> tuple[float, ...]:
+    """`0.1,0.2` as (0.1, 0.2), ascending. Raises UsageError for anything but shares of at least 0 and less than 1."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 <= ratio < 1 for ratio in found):
+        raise UsageError(f"--ratios {text}: give shares of at least 0 and less than 1, separated by commas")
+    return tuple(found)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

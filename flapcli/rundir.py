@@ -36,6 +36,10 @@ class RunDir:
     def eval(self) -> Path:
         return self.path / "eval.json"
 
+    @property
+    def sweep(self) -> Path:
+        return self.path / "sweep.json"
+
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
@@ -88,6 +92,16 @@ def _swap(scratch: Path, target: Path) -> None:
     except BaseException:
         os.rename(old, target)
         raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(target: Path) -> None:
+    """Delete a folder that is there; renamed first, so that it is never half there."""
+    old = _scratch(target, "old")
+    try:
+        os.rename(target, old)
+    except OSError as error:
+        raise explain(error, target) from error
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -16,11 +16,25 @@ class LayerShape(NamedTuple):
     intermediate_size: int
 
 
+class StoredWeights(BaseModel):
+    """What apply writes of a model where it is given no --dtype, for targets in bytes.
+
+    `bytes` are those of all tensors; `itemsize` the least and the most bytes that a parameter of the decoder
+    layers' projections takes; `output_biases` counts the layers whose output projection has a bias.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    itemsize: tuple[int, int]
+    output_biases: dict[Module, int]
+
+
 class ModelShape(BaseModel):
     """Where a model comes from and how its decoder is built.
 
     The scalar sizes are those of the architecture (config.json); `layers` gives each layer's own
-    sizes, which differ where the model was pruned before.
+    sizes, which differ where the model was pruned before. `weights` is None in older files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +53,7 @@ class ModelShape(BaseModel):
     mlp_projections: int
     unit_biases: dict[Module, int]
     layers: tuple[LayerShape, ...]
+    weights: StoredWeights | None = None
 
     @property
     def query_heads_per_group(self) -> int:
@@ -68,6 +83,12 @@ class ModelShape(BaseModel):
         if module == "mlp":
             return self.mlp_projections * self.hidden_size
         return (2 * self.query_heads_per_group + 2) * self.hidden_size * self.head_dim
+
+    def producer_rows(self, module: Module) -> int:
+        """Rows of all producing projections that go with one unit: their biases' entries where they have some."""
+        if module == "mlp":
+            return self.mlp_projections - 1
+        return (self.query_heads_per_group + 2) * self.head_dim
 
     def prunable(self, module: Module) -> int:
         """Weights of all units of this kind of module in the whole model."""

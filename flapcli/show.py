@@ -9,6 +9,8 @@ from flapcli.evaluate.report import load_report
 from flapcli.plan import load_plan
 from flapcli.rundir import RunDir
 from flapcli.stats import load_header
+from flapcli.sweep import FORMAT as SWEEP_FORMAT
+from flapcli.sweep import load_sweep
 
 # Name of the artifact, its data, and the console function that draws it with its arguments.
 Found = tuple[str, Any, tuple[Any, ...]]
@@ -26,8 +28,7 @@ def inspect(path: Path) -> list[Found]:
     found = [_file(part) for part in (run.stats, run.plan) if part.exists()]
     if run.pruned.exists():
         found.append(_checkpoint(run.pruned))
-    if run.eval.exists():
-        found.append(_file(run.eval))
+    found += [_file(part) for part in (run.eval, run.sweep) if part.exists()]
     if not found:
         raise FlapError(f"{path} holds no artifact of flap: `flap run` makes them")
     return found
@@ -40,6 +41,9 @@ def _file(path: Path) -> Found:
     if path.suffix in (".yaml", ".yml"):
         plan = load_plan(path)
         return "plan", plan.model_dump(exclude_none=True), ("show_plan", plan)
+    if path.suffix == ".json" and SWEEP_FORMAT in path.read_text(encoding="utf-8", errors="replace")[:100]:
+        sweep = load_sweep(path)
+        return "sweep", sweep.model_dump(), ("show_sweep", sweep)
     if path.suffix == ".json":
         report = load_report(path)
         return "eval", report.model_dump(), ("show_report", report)

@@ -10,13 +10,14 @@ import pytest
 import flapcli
 
 ROOT = Path(flapcli.__file__).parent
-NOUNS = {"stats", "plan", "checkpoint", "evaluate.report"}
+NOUNS = {"stats", "plan", "checkpoint", "evaluate.report", "sweep"}
 VERBS = {
     "calibrate", "streamed", "choose", "apply", "export", "evaluate.measure", "evaluate.perplexity", "evaluate.tasks",
     "evaluate.speed", "evaluate.memory", "evaluate.generate",
 }  # fmt: skip
 TOP = {
-    "cli", "cli_results", "command", "__main__", "console", "console_results", "options", "show", "pipeline",
+    "cli", "cli_results", "cli_sweep", "command", "__main__", "console", "console_results", "console_sweep",
+    "options", "show", "pipeline",
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flapcli.checkpoint.source import Hub
 from flapcli.errors import FlapError
 from flapcli.families import Family, family_of
-from flapcli.safetensors_io import TensorSpec
-from flapcli.shape import MODULES, ModelShape, Module
+from flapcli.safetensors_io import ITEM_SIZE, TensorSpec
+from flapcli.shape import MODULES, ModelShape, Module, StoredWeights
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +109,7 @@ class Checkpoint(ABC):
             mlp_projections=len(self.family.mlp.producers) + 1,
             unit_biases={module: self._unit_biases(module, sizes) for module in MODULES},
             layers=self.family.read_layers(self.config),
+            weights=self._stored_weights(sizes["num_layers"]),
             **sizes,
         )
         if wrong := list(self._misfits(shape)):
@@ -116,6 +117,18 @@ class Checkpoint(ABC):
                 f"{self.name}: {'; '.join(wrong[:4])}" + (f" and {len(wrong) - 4} more" if wrong[4:] else "")
             )
         return shape
+
+    def _stored_weights(self, num_layers: int) -> StoredWeights:
+        """Bytes of all tensors that count, as apply writes them by default."""
+        prefix = self.family.layer.split("{i}")[0]
+        layers = [spec for name, spec in self.tensors.items() if name.startswith(prefix) and len(spec.shape) == 2]
+        sizes = {ITEM_SIZE[spec.dtype] for spec in layers or self.tensors.values()}
+        outputs = {m: [f"{self.family.output(i, m)}.bias" for i in range(num_layers)] for m in MODULES}
+        return StoredWeights(
+            bytes=sum(spec.nbytes for spec in self.tensors.values()),
+            itemsize=(min(sizes), max(sizes)),
+            output_biases={m: sum(name in self.tensors for name in names) for m, names in outputs.items()},
+        )
 
     def _unit_biases(self, module: Module, sizes: dict[str, int]) -> int:
         """Bias entries of the producing projections that go with one unit."""

@@ -21,7 +21,7 @@ def parse_size(text: str, option: str) -> int:
     number = text.upper().rstrip("KMGIB")
     try:
         size = int(float(number) * (UNITS[unit] if (unit := text.upper()[len(number) :]) else 1))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise UsageError(f"{option} {text}: give a size such as 5GB, 500MB or 2GiB") from error
     if size <= 0:
         raise UsageError(f"{option} {text}: must be more than 0")

@@ -1,7 +1,7 @@
 """`flap apply`: the pruned folder of a plan, or the one that is there already."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from flapcli.plan import Plan, format_ranges, load_plan, pruned_layers
 from flapcli.progress import Progress
 from flapcli.rundir import atomic_folder, sha256
 from flapcli.stats import Stats, load_header, load_stats
+from flapcli.target import exceeded, recorded
 
 if TYPE_CHECKING:
     from flapcli.dropped import Depth
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """How a plan is applied; None leaves the choice to the plan's method and the source's dtype."""
+    """How a plan is applied; None leaves the choice to the plan: its method, its target's dtype, else the source's."""
 
     compensate: str | None = None
     ridge: float = 0.01
@@ -46,6 +47,8 @@ def run_apply(
         raise UsageError(f"--ridge {options.ridge}: must be at least 0")
     shard_size = parse_size(options.max_shard_size, "--max-shard-size")
     plan = load_plan(plan_path)
+    if target := recorded(plan.settings):
+        options = replace(options, dtype=options.dtype or target.dtype)
     compensate = options.compensate or ("bias" if plan.method == "flap" else "none")
     stats_path = stats_path or plan_path.parent / plan.stats.path
     hub = Hub(hub.revision or plan.model.revision, hub.cache_dir, hub.trust_remote_code)
@@ -104,6 +107,8 @@ def _write_folder(
         how = f"a stock {checkpoint.family.architecture}" if stock else "a checkpoint that needs trust_remote_code"
         progress.note(f"{why}: writing {how}")
     work += zeros(stock.zero_biases if stock else [])
+    if larger := exceeded(plan.settings, [spec for job in work for spec in job.outputs]):
+        progress.note(larger)
     with atomic_folder(out) as scratch:
         write(scratch, work, shard_size, progress)
         dtype = dtype_name(TORCH_DTYPES[code])

@@ -71,7 +71,8 @@ def run_eval(
         raise UsageError("--stream: tasks and speed need the whole model in memory; leave out --stream")
     found = _existing_report(out)
     manager = _checked_tasks(options, found)
-    checkpoint = open_checkpoint(checkpoint_name, Hub(trust_remote_code=hub.trust_remote_code))
+    local = Hub(trust_remote_code=hub.trust_remote_code)  # a folder's --revision is its dense model's
+    checkpoint = open_checkpoint(checkpoint_name, local if Path(checkpoint_name).exists() else hub)
     made_by = made_by_of(checkpoint)
     texts = list(options.perplexity) or [_default_perplexity(checkpoint, made_by, progress)]
     dense = dense_of(made_by, model, hub) if options.baseline else None
@@ -208,6 +209,11 @@ def _speed_options(asked: SpeedSettings) -> "SpeedOptions":
 def _default_perplexity(checkpoint: Checkpoint, made_by: dict[str, Any], progress: Progress) -> str:
     """The text that the checkpoint was calibrated on, its test part where it has one."""
     text = made_by.get("dataset") or default_text(made_by.get("model", {}).get("name", checkpoint.name))
+    return calibration_text(text, progress)
+
+
+def calibration_text(text: str, progress: Progress) -> str:
+    """The calibration's text as the one to read perplexity on, with a warning where it is the very same."""
     check_source(text, "the calibration text")
     if Path(text).is_file():
         progress.note(f"reading perplexity on {text}, the very text of the calibration: it flatters the pruned model; "

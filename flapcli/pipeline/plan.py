@@ -12,6 +12,7 @@ from flapcli.plan import FORMAT as PLAN_FORMAT
 from flapcli.plan import Plan, StatsRef, load_plan, save_plan
 from flapcli.rundir import sha256
 from flapcli.stats import load_stats
+from flapcli.target import Target
 
 
 def run_plan(
@@ -23,8 +24,9 @@ def run_plan(
     structure: str | None,
     attention_exponent: float | None,
     force: bool,
+    target: Target | None = None,
 ) -> tuple[Plan, bool]:
-    """Stage 2: the plan of `stats_path` in `out`."""
+    """Stage 2: the plan of `stats_path` in `out`; a `target` decides the ratio in the request's place."""
     metric, structure = resolve(method, metric, structure)
     if method == "depth":
         check_depth(request, attention_exponent)
@@ -33,7 +35,7 @@ def run_plan(
     check(request)
     stats = load_stats(stats_path)
     reference = StatsRef(path=_relative(stats_path, out.parent), sha256=sha256(stats_path))
-    made = choose(stats, reference, method, metric, request, exponent)
+    made = choose(stats, reference, method, metric, request, exponent, target)
     found = _existing_plan(out, force)
     if found and not force and _header_of(found) == _header_of(made):
         return found, True

@@ -6,6 +6,7 @@ from typing import Any
 
 from flapcli.plan import Plan
 from flapcli.stats import StatsHeader
+from flapcli.target import recorded
 
 APPLY = ("compensate", "mask_only", "dtype", "max_shard_size")
 
@@ -17,10 +18,12 @@ def calibrate_command(header: StatsHeader, run_dir: str) -> str:
 
 def plan_command(plan: Plan, run_dir: str) -> str:
     """Baselines fix metric and structure themselves, so only flap's are spelled out."""
-    options: dict[str, Any] = {"method": plan.method, "ratio": plan.ratio.requested}
+    target = recorded(plan.settings)
+    options: dict[str, Any] = {"method": plan.method, "ratio": None if target else plan.ratio.requested}
     if plan.method == "flap":
         options |= {"metric": plan.metric, "structure": plan.structure}
-    return _join("plan", [], run_dir, options | plan.settings)
+    options |= plan.settings | {"no_target_biases": bool(target and not target.biases)}
+    return _join("plan", [], run_dir, options)
 
 
 def apply_command(made_by: Mapping[str, Any], run_dir: str) -> str:
