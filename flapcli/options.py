@@ -52,9 +52,10 @@ CacheDir = Annotated[Path | None, typer.Option(help="Where downloads from the hu
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint.")]
 
 Dataset = Annotated[
-    str | None,
-    typer.Option(help="Calibration text: wikitext2, ptb, c4, pydoc, or a .txt, .jsonl or .parquet file "
-                 "[default: wikitext2; pydoc for demo]."),
+    list[str] | None,
+    typer.Option(help="Calibration text: wikitext2, ptb, c4, pydoc, a .txt, .jsonl or .parquet file, or self (which "
+                 "the model writes itself); repeatable, with shares as in pydoc:0.7 [default: wikitext2; pydoc for "
+                 "demo]."),
 ]  # fmt: skip
 TextColumn = Annotated[str, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")]
 Nsamples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
