@@ -43,7 +43,7 @@ class Mixture:
         if 0 in found:
             none = self.sources[found.index(0)]
             raise UsageError(
-                f"--dataset {none}: none of {nsamples} windows is its share; raise --nsamples or its weight"
+                f"--dataset {none}: its share of {nsamples} windows is none: raise --nsamples or its weight"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself, for where there is none: plain sampling from its own distribution."""
+"""Calibration text that the model writes itself, for where there is none: its own distribution, sampled plainly."""
 
 import random
 
