@@ -60,7 +60,7 @@ Dataset = Annotated[
 TextColumn = Annotated[str, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")]
 Nsamples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Seed = Annotated[int, typer.Option(help="Seed of the windows' places.")]
+Seed = Annotated[int, typer.Option(help="Seed of the windows' places, and of what self samples.")]
 BatchSize = Annotated[str, typer.Option(help="Windows in a batch; auto: about 1024 tokens on a CPU, more on a GPU.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 RunDtype = Annotated[
