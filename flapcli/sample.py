@@ -52,10 +52,11 @@ def sample_windows(
 ) -> NDArray[np.int64]:
     """`nsamples` windows that `model` writes, (nsamples, seqlen), the same for the same seed on one machine.
 
-    Each begins with the tokenizer's BOS token, after which the model has learnt that anything may follow, or where
-    there is none with a token drawn uniformly (as LLM-QAT, arXiv 2305.17888, does always), and goes on past an end of
-    text. Window i is drawn by numbers of its own, so how many there are, batches and `ranks`, who share the work,
-    change it by no more than rounding does. Raises FlapError where memory does not suffice for a single window.
+    Each begins with the BOS token where the tokenizer puts one before a text, so that the model has learnt what may
+    follow it; else with a token drawn uniformly, as LLM-QAT (arXiv 2305.17888) does always: a BOS that only chats
+    begin with (SmolLM2's) gave worse text to calibrate on. An end of text is a token like others. Window i is drawn
+    by numbers of its own, so how many there are, batches and `ranks`, who share the work, change it by no more than
+    rounding does. Raises FlapError where memory does not suffice for a single window.
     """
     ranks = ranks or Ranks(0, 1, 0)
     first, numbers = _numbers(tokenizer, nsamples, seqlen, seed)
@@ -99,7 +100,7 @@ def _numbers(
     """First tokens, (nsamples, 1), and the numbers in [0, 1) that decide the others, float64 (nsamples, seqlen - 1)."""
     draw = random.Random(seed)
     numbers = torch.tensor([[draw.random() for _ in range(seqlen)] for _ in range(nsamples)], dtype=torch.float64)
-    if tokenizer.bos_token_id is not None:
+    if tokenizer.bos_token_id in tokenizer("").input_ids:
         return torch.full((nsamples, 1), tokenizer.bos_token_id), numbers[:, 1:]
     plain = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
     return plain[(numbers[:, :1] * len(plain)).long()], numbers[:, 1:]

@@ -11,12 +11,24 @@ from flapcli.progress import Silent
 from flapcli.sample import sample_windows
 from flapcli.stats import load_stats
 
-BOS, EOS, SPECIAL = 1, 2, {0, 1, 2}
+BOS, EOS = 1, 2
 
 
 def sample(folder, nsamples, seqlen, seed=0, batch_size=None, tokenizer=None):
     tokenizer = tokenizer or load_tokenizer(folder)
     return sample_windows(load_dense(folder), tokenizer, nsamples, seqlen, seed, batch_size, Silent())
+
+
+def bos_adding(folder):
+    """The tiny tokenizer as Llama's are: BOS before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    assert tokenizer("").input_ids == [BOS]
+    return tokenizer
 
 
 def chi_square_fits(counts, expected):
@@ -31,7 +43,7 @@ def chi_square_fits(counts, expected):
 
 def test_the_second_token_follows_the_softmax_of_the_first(tiny):
     folder, count = tiny("llama-gqa"), 4000
-    windows = sample(folder, count, 2)
+    windows = sample(folder, count, 2, tokenizer=bos_adding(folder))
     assert set(windows[:, 0]) == {BOS}
     with torch.no_grad():
         logits = load_dense(folder)(torch.tensor([[BOS]])).logits[0, -1]
@@ -59,10 +71,11 @@ def test_surprise_equals_entropy_at_every_place(tiny, kind):
     assert len(ends) and (ends[:, 1] < 23).any()  # an end of text is a token like others
 
 
-def test_without_bos_first_tokens_are_uniform(tiny):
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_without_a_bos_before_texts_first_tokens_are_uniform(tiny, bos):
     folder = tiny("llama-gqa")
     tokenizer = load_tokenizer(folder)
-    tokenizer.bos_token = None
+    tokenizer.bos_token = bos
     first = sample(folder, 6000, 2, tokenizer=tokenizer)[:, 0]
     special = set(tokenizer.all_special_ids)
     assert not special & set(first)
