@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.checkpoint.write import raw_bytes
@@ -46,15 +47,17 @@ def measure(
     resume: Resume | None = None,
     ranks: Ranks | None = None,
     device_map: str | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Measured:
     """Run this rank's `windows` (nsamples, seqlen) through the dense decoder and return the statistics of all ranks.
 
     Accumulators are float64 (Gram sums float32) whatever `dtype` the model runs in. With `resume`, goes on
-    after the batches that an earlier run saved there. Away from rank 0 what is returned is of no use.
+    after the batches that an earlier run saved there. `model` is the checkpoint's where it is loaded already.
+    Away from rank 0 what is returned is of no use.
     Raises FlapError on activations that are not finite and where memory does not suffice.
     """
     ranks = ranks or Ranks(0, 1, 0)
-    model = load_model(checkpoint, dtype, device, device_map)
+    model = model or load_model(checkpoint, dtype, device, device_map)
     device = next(p.device for p in model.parameters() if not p.is_meta)  # what accelerate offloads is meta
     decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
     recorder = Recorder(checkpoint, model, gram, device)

@@ -54,10 +54,11 @@ def calibrate(
     torchrun --nproc-per-node 2 -m flapcli calibrate ...
     """
     from flapcli.checkpoint import Hub
+    from flapcli.mixture import combined
     from flapcli.pipeline.calibrate import run_calibrate
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, is_writer
 
-    text = dataset or default_text(model)
+    text = combined(dataset) if dataset else default_text(model)
     wanted = CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype)
     scale = Scale(stream, activation_memory, device_map, rank_timeout)
     path = out or run_dir / "stats.safetensors"

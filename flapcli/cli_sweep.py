@@ -58,6 +58,7 @@ def sweep(
     from flapcli.checkpoint import Hub
     from flapcli.choose import check, resolve
     from flapcli.evaluate.suite import expand
+    from flapcli.mixture import combined
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, several_processes
     from flapcli.pipeline.evaluate import EvalOptions
@@ -72,7 +73,7 @@ def sweep(
     request = Request(chosen, wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty)
     check(request)
     gram = gram or compensate == "lstsq"
-    text = dataset or default_text(model)
+    text = combined(dataset) if dataset else default_text(model)
     options = SweepOptions(
         wanted, method, metric, structure, attention_exponent, request,
         ApplyOptions(compensate, ridge, bias, False, remote_code, store_dtype, max_shard_size),

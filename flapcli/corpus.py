@@ -56,13 +56,13 @@ HUB_TEXTS = {
 NAMED = (*HUB_TEXTS, "pydoc")
 
 
-def check_source(source: str, option: str) -> None:
-    """Raise UsageError unless `source` is a known name or an existing file of a type we read."""
-    if source in NAMED:
+def check_source(source: str, option: str, names: Sequence[str] = NAMED) -> None:
+    """Raise UsageError unless `source` is one of `names` or an existing file of a type we read."""
+    if source in names:
         return
     path = Path(source)
     if path.suffix not in FILE_TYPES:
-        raise UsageError(f"{option} {source}: give {', '.join(NAMED)} or a file that ends in {', '.join(FILE_TYPES)}")
+        raise UsageError(f"{option} {source}: give {', '.join(names)} or a file that ends in {', '.join(FILE_TYPES)}")
     if not path.is_file():
         raise UsageError(f"{option} {source}: no such file")
 

@@ -52,14 +52,15 @@ CacheDir = Annotated[Path | None, typer.Option(help="Where downloads from the hu
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint.")]
 
 Dataset = Annotated[
-    str | None,
-    typer.Option(help="Calibration text: wikitext2, ptb, c4, pydoc, or a .txt, .jsonl or .parquet file "
-                 "[default: wikitext2; pydoc for demo]."),
+    list[str] | None,
+    typer.Option(help="Calibration text: wikitext2, ptb, c4, pydoc, a .txt, .jsonl or .parquet file, or self (which "
+                 "the model writes itself); repeatable, with shares as in pydoc:0.7 [default: wikitext2; pydoc for "
+                 "demo]."),
 ]  # fmt: skip
 TextColumn = Annotated[str, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")]
 Nsamples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Seed = Annotated[int, typer.Option(help="Seed of the windows' places.")]
+Seed = Annotated[int, typer.Option(help="Seed of the windows' places, and of what self samples.")]
 BatchSize = Annotated[str, typer.Option(help="Windows in a batch; auto: about 1024 tokens on a CPU, more on a GPU.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 RunDtype = Annotated[

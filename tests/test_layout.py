@@ -10,10 +10,10 @@ import pytest
 import flapcli
 
 ROOT = Path(flapcli.__file__).parent
-NOUNS = {"stats", "plan", "checkpoint", "evaluate.report", "sweep"}
+NOUNS = {"stats", "plan", "checkpoint", "evaluate.report", "sweep", "selftext"}
 VERBS = {
     "calibrate", "streamed", "choose", "apply", "export", "evaluate.measure", "evaluate.perplexity", "evaluate.tasks",
-    "evaluate.speed", "evaluate.memory", "evaluate.generate",
+    "evaluate.speed", "evaluate.memory", "evaluate.generate", "sample",
 }  # fmt: skip
 TOP = {
     "cli", "cli_results", "cli_sweep", "command", "__main__", "console", "console_results", "console_sweep",

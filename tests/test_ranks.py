@@ -86,6 +86,20 @@ def test_ranks_give_the_statistics_of_one_process(ranks, mode, size, nsamples, t
     ).read_bytes()
 
 
+@pytest.mark.parametrize("size,nsamples", [(2, 7), (3, 3)])
+def test_ranks_share_the_sampling_of_one_process(ranks, size, nsamples, tiny, flap, tmp_path):
+    """Batches of two windows: one rank may have none. Rank 0 writes the text of all."""
+    model = tiny("llama-gqa")
+    flap(*calibrate(model, "self", tmp_path / "alone", nsamples))
+    for again in ("written", "up to date"):
+        done = ranks(size, *calibrate(model, "self", tmp_path / "run", nsamples))
+        assert [code for code, _, _ in done] == [0] * size, done
+        assert [err.count(f"self.json: {again}") for _, _, err in done] == [1] + [0] * (size - 1)
+        (tmp_path / "run" / "stats.safetensors").replace(tmp_path / "last.safetensors")
+    assert (tmp_path / "run" / "self.json").read_bytes() == (tmp_path / "alone" / "self.json").read_bytes()
+    assert_close(load_stats(tmp_path / "last.safetensors"), load_stats(tmp_path / "alone" / "stats.safetensors"))
+
+
 def test_torchrun(tiny, text_file, flap, tmp_path):
     arguments = [str(a) for a in calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),

@@ -13,8 +13,8 @@ from flapcli.stats import load_header
 from flapcli.target import STEPS, parse_count
 
 STRUCTURES = ["", "--structure UL-UM", "--structure UL-MM --remove-heads 3", "--structure AL-MM --remove-heads 2",
-              "--method mag-sp", "--method wanda-sp", "--round-to 8", "--heads-multiple-of 2 --round-to 4",
-              "--allow-empty --metric IFV"]  # fmt: skip
+              "--method mag-sp", "--method depth", "--method wanda-sp", "--round-to 8",
+              "--heads-multiple-of 2 --round-to 4", "--allow-empty --metric IFV"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_largest_plan_that_is_not_over(calibrated, flap, tmp_path, kind, opt
     assert load_plan(plan).layers == found.layers
     less = found.ratio.requested
     while load_plan(plan).layers == found.layers:
-        less -= max(2, round(STEPS * 1e-5)) / STEPS
+        less = max(less - max(2, round(STEPS * 1e-5)) / STEPS, 0.0)
         flap("plan", "-d", run, "--out", plan, "--ratio", repr(less), *options.split(), "--force")
     larger, _ = written(run, flap, tmp_path, plan)
     assert larger > limit

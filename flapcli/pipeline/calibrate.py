@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
-from flapcli.corpus import check_source, source_sha256
 from flapcli.errors import FlapError, UsageError
+from flapcli.mixture import Mixture
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, several_processes
 from flapcli.progress import Progress
 from flapcli.safetensors_io import read_header
@@ -28,9 +28,11 @@ def run_calibrate(
 ) -> tuple[StatsHeader, bool]:
     """Stage 1: the statistics of MODEL in `out`, which rank 0 writes where torchrun started several."""
     scale = scale or Scale()
-    check_source(options.dataset, "--dataset")
+    mixture = Mixture.read(options.dataset)
+    mixture.check()
     if min(options.nsamples, options.seqlen - 1) < 1:
         raise UsageError("--nsamples must be at least 1 and --seqlen at least 2")
+    mixture.counts(options.nsamples)  # refuses shares of nothing before anything is opened
     if scale.stream and scale.device_map:
         raise UsageError("--stream uses one device: leave out --device-map")
     if not several_processes():
@@ -54,7 +56,7 @@ def _calibrate(
 ) -> tuple[StatsHeader, bool]:
     checkpoint = open_checkpoint(model, hub)
     asked = asdict(options)
-    text = source_sha256(options.dataset)
+    text = Mixture.read(options.dataset).sha256()
     found = _existing_stats(out)
     current = found if found and not force and _same_calibration(found, checkpoint, asked, text) else None
     if ranks:  # all do as rank 0, whose file it is

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from flapcli.card import renew_card
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
-from flapcli.corpus import check_source, source_sha256
+from flapcli.corpus import NAMED, check_source, source_sha256
 from flapcli.errors import FlapError, UsageError
 from flapcli.evaluate.report import EvalReport, Measurement, Speedup, load_report, save_report
 from flapcli.evaluate.suite import check_names, files_sha256, task_manager
+from flapcli.mixture import SELF, Mixture
 from flapcli.pipeline.common import Compute, default_text, versions
 from flapcli.progress import Progress
 
@@ -208,12 +209,17 @@ def _speed_options(asked: SpeedSettings) -> "SpeedOptions":
 
 def _default_perplexity(checkpoint: Checkpoint, made_by: dict[str, Any], progress: Progress) -> str:
     """The text that the checkpoint was calibrated on, its test part where it has one."""
-    text = made_by.get("dataset") or default_text(made_by.get("model", {}).get("name", checkpoint.name))
-    return calibration_text(text, progress)
+    default = default_text(made_by.get("model", {}).get("name", checkpoint.name))
+    return calibration_text(made_by.get("dataset") or default, default, progress)
 
 
-def calibration_text(text: str, progress: Progress) -> str:
-    """The calibration's text as the one to read perplexity on, with a warning where it is the very same."""
+def calibration_text(dataset: str, default: str, progress: Progress) -> str:
+    """Of the calibration's texts the first there is, to read perplexity on; warns where it is the very same text.
+
+    Never text that the model wrote itself: that is what it can predict best, and no measure.
+    """
+    sources = [s for s in Mixture.read(dataset).sources if s != SELF] or [default]
+    text = next((source for source in sources if source in NAMED or Path(source).is_file()), sources[0])
     check_source(text, "the calibration text")
     if Path(text).is_file():
         progress.note(f"reading perplexity on {text}, the very text of the calibration: it flatters the pruned model; "

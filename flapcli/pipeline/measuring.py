@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from flapcli.calibrate import measure
 from flapcli.checkpoint import Checkpoint
 from flapcli.checkpoint.write import parse_size
-from flapcli.corpus import calibration_windows
 from flapcli.device import dtype_name, pick_device, pick_dtype
 from flapcli.loading import quiet_transformers
 from flapcli.memory import should_stream
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
+from flapcli.pipeline.texts import Texts
 from flapcli.progress import Progress, Silent
 from flapcli.ranks import Ranks
 from flapcli.recording import NotFiniteError
@@ -45,24 +46,18 @@ def write_stats(
     progress = Silent() if ranks.rank else progress
     device = _device(compute.device, ranks)
     dtype = pick_dtype(options.dtype, device)
-    windows = calibration_windows(
-        options.dataset,
-        checkpoint.load_tokenizer(),
-        options.nsamples,
-        options.seqlen,
-        options.seed,
-        options.text_column,
-    )
     streamed = not scale.device_map and any(
         ranks.agree(should_stream(checkpoint, dtype, device, options.gram, scale.stream, progress))
     )
+    texts = Texts(out, checkpoint, options, device, dtype, scale.device_map, streamed)
+    windows = texts.windows(compute, force, progress, ranks)
     header = _header(checkpoint, options, windows, dtype, text, streamed)
     facts = {"header": header.model_dump(mode="json"), "device": device.type, "rank": [ranks.rank, ranks.size]}
     with Resume(out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size) as resume:
         if force:
             resume.discard()
         share = windows[ranks.share(len(windows))]
-        job = _Job(out, checkpoint, header, share, device, dtype, compute, scale, progress, resume, ranks)
+        job = _Job(out, checkpoint, header, share, device, dtype, compute, scale, progress, resume, ranks, texts.model)
         try:
             job.check_space()
             job.streamed() if streamed else job.in_memory()
@@ -119,6 +114,7 @@ class _Job:
     progress: Progress
     resume: Resume
     ranks: Ranks
+    model: PreTrainedModel | None
 
     @property
     def gram(self) -> GramDtype | None:
@@ -144,7 +140,7 @@ class _Job:
     def in_memory(self) -> None:
         measured = measure(
             self.checkpoint, self.windows, self.device, self.dtype, self.compute.batch_size, self.gram is not None,
-            self.progress, self.resume, self.ranks, self.scale.device_map,
+            self.progress, self.resume, self.ranks, self.scale.device_map, self.model,
         )  # fmt: skip
         if self.ranks.rank == 0:
             found = measured.modules, measured.influences, measured.grams

@@ -13,7 +13,7 @@ from flapcli.evaluate.report import EvalReport, Measurement, load_report
 from flapcli.evaluate.suite import files_sha256
 from flapcli.pipeline.apply import ApplyOptions, run_apply
 from flapcli.pipeline.calibrate import run_calibrate
-from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
+from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, versions
 from flapcli.pipeline.evaluate import EvalOptions, calibration_text, run_eval
 from flapcli.pipeline.plan import run_plan
 from flapcli.plan import Plan
@@ -136,7 +136,9 @@ def run_sweep(
         check_source(text, "--perplexity")
     baseline = options.evaluate.baseline
     header, _ = run_calibrate(run.stats, model, hub, calibrate, compute, force, progress, scale)
-    texts = options.evaluate.perplexity or (calibration_text(header.calibration.dataset, progress),)
+    texts = options.evaluate.perplexity or (
+        calibration_text(header.calibration.dataset, default_text(model), progress),
+    )
     options = replace(options, evaluate=replace(options.evaluate, perplexity=texts, baseline=False))
     job = _Job(run, model, hub, options, compute, force, progress)
     plans = {ratio: job.plan(ratio) for ratio in options.ratios}

@@ -1,0 +1,72 @@
+"""The artifact self.json: the windows that a model wrote for its own calibration, to read and to take elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flapcli.errors import FlapError
+from flapcli.rundir import atomic_file
+
+FORMAT: Literal["flap-self/1"] = "flap-self/1"
+
+
+class Window(BaseModel):
+    """The tokens that calibration reads, and the text that they are (which may not give these tokens again)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    tokens: list[int]
+
+
+class SelfText(BaseModel):
+    """`model` and `fingerprint` are the writer's, `dtype` what it ran in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["flap-self/1"] = FORMAT
+    model: str
+    fingerprint: str
+    nsamples: int
+    seqlen: int
+    seed: int
+    dtype: str
+    versions: dict[str, str]
+    windows: list[Window]
+
+    @property
+    def array(self) -> NDArray[np.int64]:
+        """Token ids, (nsamples, seqlen)."""
+        return np.asarray([window.tokens for window in self.windows], np.int64).reshape(self.nsamples, self.seqlen)
+
+
+def path_beside(stats: Path) -> Path:
+    """Where the text of the statistics at `stats` lies."""
+    return stats.with_name("self.json")
+
+
+def save_selftext(path: Path, made: SelfText) -> None:
+    """Write the artifact atomically, a window a line. Raises FlapError where the file system refuses."""
+    head = json.dumps(made.model_dump(exclude={"windows"}), indent=1, ensure_ascii=False)
+    rows = ",\n  ".join(json.dumps(window.model_dump(), ensure_ascii=False) for window in made.windows)
+    with atomic_file(path) as scratch:
+        scratch.write_text(f'{head[:-2]},\n "windows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+
+
+def load_selftext(path: Path) -> SelfText | None:
+    """What is at `path`; None where nothing is. Raises FlapError where it is something else."""
+    try:
+        found = SelfText.model_validate_json(path.read_bytes())
+        if found.array.shape == (found.nsamples, found.seqlen):
+            return found
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FlapError(f"cannot read {path}: {error.strerror}") from error
+    except (ValidationError, ValueError):
+        pass
+    raise FlapError(f"{path} exists and is no text that flap sampled ({FORMAT}): move it away or give another --out")
