@@ -72,6 +72,11 @@ Gram = Annotated[
 GramDtypeOption = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--gram-dtype", help="Type of the Gram matrices on disk.")
 ]
+Fisher = Annotated[
+    bool,
+    typer.Option("--fisher/--no-fisher", help="Keep units' Fisher information too (a backward pass; for plan's "
+                 "--metric FISHER)."),
+]  # fmt: skip
 Stream = Annotated[
     bool | None,
     typer.Option("--stream/--no-stream", help="One decoder layer in memory at a time, or the whole model [default: "
