@@ -244,7 +244,7 @@ def run(
     where = {"batch_size": batch_size, "device": device, "seqlen": seqlen, "text_column": text_column}
     stages: list[tuple[Callable[..., None], dict[str, Any]]] = [
         (calibrate, {"model": model, "dataset": dataset, "nsamples": nsamples, "seed": seed, "dtype": dtype,
-                     "gram": gram, "gram_dtype": gram_dtype, "fisher": fisher, "stream": stream}
+                     "gram": gram, "gram_dtype": gram_dtype, "fisher": fisher or metric == "FISHER", "stream": stream}
          | where | hub),
         (plan, {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,

@@ -9,7 +9,7 @@ from flapcli import __version__
 from flapcli.errors import UsageError
 
 Method = Literal["flap", "wanda-sp", "mag-sp", "depth"]
-Metric = Literal["IFV", "WIFV", "WIFN"]
+Metric = Literal["IFV", "WIFV", "WIFN", "FISHER"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -99,7 +99,11 @@ MethodOption = Annotated[
                  "authors feed each layer the pruned output of the ones before), mag-sp (weights only), depth (whole "
                  "layers, those of least block influence)."),
 ]  # fmt: skip
-MetricOption = Annotated[Metric | None, typer.Option(help="Score of a channel [default: WIFV].")]
+MetricOption = Annotated[
+    Metric | None,
+    typer.Option(help="Score of a channel, or FISHER: of a unit, by what the loss feels of it (needs `calibrate "
+                 "--fisher`) [default: WIFV]."),
+]  # fmt: skip
 StructureOption = Annotated[
     Structure | None,
     typer.Option(help="UL: same in every layer, AL: adaptive over layers; UM: the ratio in both modules, MM: heads by "

@@ -1,4 +1,4 @@
-"""Fisher information equals that of gates by autograd, however it is measured."""
+"""Fisher information equals that of gates by autograd, however it is measured, and plans ask for it."""
 
 import numpy as np
 import pytest
@@ -191,3 +191,26 @@ def test_gradients_that_are_not_finite_are_named(tiny, flap, text_file, tmp_path
     args = ("calibrate", tiny("llama-gqa"), "-d", tmp_path / "run", "--dataset", text_file, *SMALL, "--fisher")
     assert "gradients of layer 2, mlp are NaN or infinite" in flap(*args, code=1).stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_by_fisher(tiny, flap, text_file, tmp_path):
+    model, plan = tiny("llama-gqa"), ("plan", "-d", tmp_path, "--metric", "FISHER")
+    calibrated(flap, model, text_file, tmp_path)
+    flap(*plan)
+    assert "metric: FISHER" in (tmp_path / "plan.yaml").read_text()
+    assert "up to date" in flap(*plan).stderr
+    assert "scores heads and neurons on one scale" in flap(*plan, "--attention-exponent", 2, code=2).stderr
+    assert "is defined with WIFN" in flap(*plan, "--method", "wanda-sp", code=2).stderr
+    flap("apply", "-d", tmp_path)
+    flap("show", tmp_path)
+    flap("report", "-d", tmp_path)
+    flap("calibrate", model, "-d", tmp_path, "--dataset", text_file, *SMALL, "--force")
+    assert "has no Fisher information, which --metric FISHER needs: run `flap calibrate --fisher`" in (
+        flap(*plan, "--force", code=1).stderr
+    )
+
+
+def test_run_by_fisher_measures_it(tiny, flap, text_file, tmp_path):
+    flap("run", tiny("qwen2"), "-d", tmp_path, "--dataset", text_file, "--perplexity", text_file, *SMALL,
+         "--metric", "FISHER")  # fmt: skip
+    assert load_stats(tmp_path / "stats.safetensors").fisher is not None
