@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.checkpoint.write import raw_bytes
 from flapcli.device import Batches
+from flapcli.fisher import loss_gradient, track
 from flapcli.loading import load_model
 from flapcli.moments import Moments
 from flapcli.progress import Progress
 from flapcli.ranks import Ranks
-from flapcli.recording import Key, Norms, Recorder, complete, influence
+from flapcli.recording import Key, Norms, Recorder, complete, fisher, influence
 from flapcli.resume import Resume
 from flapcli.rundir import atomic_file
 from flapcli.safetensors_io import StreamWriter, TensorSpec, read_header, read_into
@@ -34,6 +35,7 @@ class Measured:
     modules: dict[tuple[int, Module], ModuleStats]
     influences: list[Influence]
     grams: dict[tuple[int, Module], NDArray[np.float32]] | None
+    fisher: dict[tuple[int, Module], NDArray[np.float32]] | None
 
 
 def measure(
@@ -48,9 +50,11 @@ def measure(
     ranks: Ranks | None = None,
     device_map: str | None = None,
     model: PreTrainedModel | None = None,
+    with_fisher: bool = False,
 ) -> Measured:
     """Run this rank's `windows` (nsamples, seqlen) through the dense decoder and return the statistics of all ranks.
 
+    `with_fisher` adds a backward pass through the activations, which gives no weight a gradient.
     Accumulators are float64 (Gram sums float32) whatever `dtype` the model runs in. With `resume`, goes on
     after the batches that an earlier run saved there. `model` is the checkpoint's where it is loaded already.
     Away from rank 0 what is returned is of no use.
@@ -60,7 +64,9 @@ def measure(
     model = model or load_model(checkpoint, dtype, device, device_map)
     device = next(p.device for p in model.parameters() if not p.is_meta)  # what accelerate offloads is meta
     decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
-    recorder = Recorder(checkpoint, model, gram, device)
+    recorder = Recorder(checkpoint, model, gram, device, with_fisher)
+    if with_fisher:
+        track(model)
     saved = Saved(resume, recorder) if resume else None
     done = saved.restore() if saved else 0
     if done:
@@ -68,14 +74,17 @@ def measure(
 
     def step(part: slice) -> None:
         recorder.abandon()
-        decoder(input_ids=torch.from_numpy(windows[part]).to(device), use_cache=False)
+        ids = torch.from_numpy(windows[part]).to(device)
+        states = decoder(input_ids=ids, use_cache=False)[0]
+        if with_fisher:
+            states.backward(loss_gradient(model.get_output_embeddings(), states, ids))
         recorder.commit()
         ranks.check()
         if saved:
             saved.after(part.stop)
 
-    batches = Batches(windows.shape[1], device, batch_size, progress)
-    with torch.inference_mode():
+    batches = Batches(windows.shape[1], device, batch_size, progress, backward=with_fisher)
+    with torch.enable_grad() if with_fisher else torch.inference_mode():
         with progress.task("calibrate", windows.size, "tokens") as advance:
             advance(done * windows.shape[1])
             batches.run(len(windows), step, advance, done)
@@ -83,7 +92,7 @@ def measure(
 
 
 def _complete(checkpoint: Checkpoint, recorder: Recorder, ranks: Ranks) -> Measured:
-    measured = Measured({}, [], {} if recorder.gram else None)
+    measured = Measured({}, [], {} if recorder.gram else None, {} if recorder.fisher else None)
     for layer in range(checkpoint.shape.num_layers):
         measured.influences.append(influence(recorder, layer, ranks))
         for module in MODULES:
@@ -93,6 +102,8 @@ def _complete(checkpoint: Checkpoint, recorder: Recorder, ranks: Ranks) -> Measu
             measured.modules[key], gram = complete(recorder, key, norms, ranks)
             if gram is not None and measured.grams is not None and ranks.rank == 0:
                 measured.grams[key] = gram
+        if measured.fisher is not None:
+            measured.fisher |= {(layer, module): found for module, found in fisher(recorder, layer, ranks).items()}
     return measured
 
 

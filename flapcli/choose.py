@@ -7,7 +7,7 @@ from flapcli.allocate import Kept, Request, allocate
 from flapcli.depth import drop_layers
 from flapcli.errors import UsageError
 from flapcli.plan import Plan, StatsRef, build_plan
-from flapcli.scores import unit_scores
+from flapcli.scores import UNIT_METRICS, unit_scores
 from flapcli.stats import Stats
 from flapcli.target import Target, find_ratio
 
@@ -40,6 +40,15 @@ def check(request: Request) -> None:
         raise UsageError(f"--structure {request.structure} needs --remove-heads N (heads, or KV groups under GQA)")
 
 
+def check_exponent(metric: str, attention_exponent: float | None) -> None:
+    """Raise UsageError where an exponent is given to scores that are of units already."""
+    if metric in UNIT_METRICS and attention_exponent is not None:
+        raise UsageError(
+            f"--attention-exponent: --metric {metric} scores heads and neurons on one scale, to which no exponent "
+            "applies; leave --attention-exponent out"
+        )
+
+
 def choose(
     stats: Stats,
     reference: StatsRef,
@@ -61,7 +70,8 @@ def choose(
 
     else:
         scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
-        settings = asdict(request) | {"attention_exponent": attention_exponent}
+        exponent = None if metric in UNIT_METRICS else attention_exponent
+        settings = asdict(request) | {"attention_exponent": exponent}
         del settings["structure"], settings["ratio"]
 
         def kept_at(ratio: float) -> Kept:

@@ -37,6 +37,7 @@ def calibrate(
     dtype: o.RunDtype = "auto",
     gram: o.Gram = False,
     gram_dtype: o.GramDtypeOption = "float32",
+    fisher: o.Fisher = False,
     stream: o.Stream = None,
     activation_memory: o.ActivationMemory = "8GB",
     device_map: o.DeviceMap = None,
@@ -59,7 +60,7 @@ def calibrate(
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, is_writer
 
     text = combined(dataset) if dataset else default_text(model)
-    wanted = CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype)
+    wanted = CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype, fisher)
     scale = Scale(stream, activation_memory, device_map, rank_timeout)
     path = out or run_dir / "stats.safetensors"
     hub = Hub(revision, cache_dir, trust_remote_code)
@@ -226,6 +227,7 @@ def run(
     seed: o.Seed = 0,
     gram: o.Gram = False,
     gram_dtype: o.GramDtypeOption = "float32",
+    fisher: o.Fisher = False,
     stream: o.Stream = None,
     perplexity: o.Perplexity = None,
     tasks: o.Tasks = None,
@@ -260,7 +262,7 @@ def run(
     where = {"batch_size": batch_size, "device": device, "seqlen": seqlen, "text_column": text_column}
     stages: list[tuple[Callable[..., None], dict[str, Any]]] = [
         (calibrate, {"model": model, "dataset": dataset, "nsamples": nsamples, "seed": seed, "dtype": dtype,
-                     "gram": gram, "gram_dtype": gram_dtype, "stream": stream}
+                     "gram": gram, "gram_dtype": gram_dtype, "fisher": fisher or metric == "FISHER", "stream": stream}
          | where | hub),
         (plan, {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,

@@ -10,6 +10,7 @@ from flapcli.errors import FlapError, UsageError
 from flapcli.progress import Advance, Progress
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384  # a batch's tokens: past these, larger batches gain nothing
+BACKWARD = 4  # the share of them that passes with a gradient take, which hold all layers' activations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,10 +69,13 @@ def for_batches(
 class Batches:
     """Cuts windows into batches, smaller ones from where memory ran out on."""
 
-    def __init__(self, seqlen: int, device: torch.device, batch_size: int | None, progress: Progress) -> None:
+    def __init__(
+        self, seqlen: int, device: torch.device, batch_size: int | None, progress: Progress, backward: bool = False
+    ) -> None:
         self.seqlen, self.device, self.progress = seqlen, device, progress
         self.fixed = batch_size is not None
-        self.size = batch_size or max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // seqlen)
+        tokens = (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // (BACKWARD if backward else 1)
+        self.size = batch_size or max(1, tokens // seqlen)
 
     def run(self, count: int, step: Callable[[slice], None], advance: Advance, done: int = 0) -> None:
         """Call `step` on the slices of `count` windows, in order, from window `done` on; see `for_batches`."""

@@ -13,6 +13,7 @@ from torch import nn
 Take = Callable[[torch.Tensor], None]
 
 
+@torch.no_grad()
 def turns(before: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """1 - cosine similarity of every token's residual stream, (tokens, 3) float32.
 

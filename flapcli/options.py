@@ -9,7 +9,7 @@ from flapcli import __version__
 from flapcli.errors import UsageError
 
 Method = Literal["flap", "wanda-sp", "mag-sp", "depth"]
-Metric = Literal["IFV", "WIFV", "WIFN"]
+Metric = Literal["IFV", "WIFV", "WIFN", "FISHER"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -73,6 +73,11 @@ Gram = Annotated[
 GramDtypeOption = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--gram-dtype", help="Type of the Gram matrices on disk.")
 ]
+Fisher = Annotated[
+    bool,
+    typer.Option("--fisher/--no-fisher", help="Keep units' Fisher information too (a backward pass; for plan's "
+                 "--metric FISHER)."),
+]  # fmt: skip
 Stream = Annotated[
     bool | None,
     typer.Option("--stream/--no-stream", help="One decoder layer in memory at a time, or the whole model [default: "
@@ -95,7 +100,11 @@ MethodOption = Annotated[
                  "authors feed each layer the pruned output of the ones before), mag-sp (weights only), depth (whole "
                  "layers, those of least block influence)."),
 ]  # fmt: skip
-MetricOption = Annotated[Metric | None, typer.Option(help="Score of a channel [default: WIFV].")]
+MetricOption = Annotated[
+    Metric | None,
+    typer.Option(help="Score of a channel, or FISHER: of a unit, by what the loss feels of it (needs `calibrate "
+                 "--fisher`) [default: WIFV]."),
+]  # fmt: skip
 StructureOption = Annotated[
     Structure | None,
     typer.Option(help="UL: same in every layer, AL: adaptive over layers; UM: the ratio in both modules, MM: heads by "

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.errors import FlapError
+from flapcli.fisher import gate_gradients
 from flapcli.influence import watch
 from flapcli.moments import Moments, batch_sums
 from flapcli.ranks import Ranks
@@ -18,8 +19,12 @@ from flapcli.shape import MODULES, Module
 from flapcli.stats import Influence, ModuleStats
 
 ROWS = 128
-# Of a layer's modules, or of its residual stream, whose channels are the numbers of `Influence`.
-Key = tuple[int, Module | Literal["residual"]]
+# Of a layer's modules; of its residual stream, whose channels are the numbers of `Influence`; or of the gates on a
+# module's units, whose channels are their gradients.
+Key = tuple[int, Module | Literal["residual", "attention.fisher", "mlp.fisher"]]
+GATES: dict[Module, Literal["attention.fisher", "mlp.fisher"]] = {
+    "attention": "attention.fisher", "mlp": "mlp.fisher",
+}  # fmt: skip
 
 
 class NotFiniteError(FlapError):
@@ -48,11 +53,14 @@ class Norms:
 class Recorder:
     """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums), and on its layers.
 
-    A batch counts only once `commit` is called, so one that failed half-way leaves no trace.
+    With `fisher`, backward passes gather the moments of gates' gradients. A batch counts only once `commit` is
+    called, so one that failed half-way leaves no trace. What was taken out is recorded no more.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, gram: bool, device: torch.device) -> None:
-        self.gram, self.device = gram, device
+    def __init__(
+        self, checkpoint: Checkpoint, model: torch.nn.Module, gram: bool, device: torch.device, fisher: bool = False
+    ) -> None:
+        self.gram, self.device, self.fisher = gram, device, fisher
         self.moments: dict[Key, Moments] = {}
         self.grams: dict[Key, torch.Tensor] = {}
         self._batch: dict[Key, torch.Tensor] = {}
@@ -67,21 +75,38 @@ class Recorder:
                 key: Key = (layer, module)
                 channels = shape.units(layer, module) * shape.channels_per_unit(module)
                 self.moments[key] = Moments.none(channels)
+                if fisher:
+                    self.moments[layer, GATES[module]] = Moments.none(shape.units(layer, module))
                 if channels:
                     projection = model.get_submodule(family.output(layer, module))
-                    projection.register_forward_pre_hook(self._hook(key))
+                    projection.register_forward_pre_hook(self._hook(layer, module, shape.channels_per_unit(module)))
 
-    def _hook(self, key: Key) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+    def _hook(
+        self, layer: int, module: Module, channels: int
+    ) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        key: Key = (layer, module)
+
+        @torch.no_grad()
         def record(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             self._sum(key, x)
-            if self.gram:
+            if self.gram and key in self.moments:
                 x32 = x.float()
                 self._products[key] = x32.T @ x32
+            if self.fisher and inputs[0].requires_grad:
+                inputs[0].register_hook(
+                    lambda gradient: self._sum((layer, GATES[module]), gate_gradients(x, gradient, channels))
+                )
 
         return record
 
+    def keep_gates_only(self) -> None:
+        """Record nothing but gates from here on."""
+        self.moments = {key: moments for key, moments in self.moments.items() if key[1] in GATES.values()}
+
     def _sum(self, key: Key, values: torch.Tensor) -> None:
+        if key not in self.moments:
+            return
         self._batch[key] = batch_sums(values)
         self._tokens = len(values)
 
@@ -97,9 +122,10 @@ class Recorder:
         sums = torch.cat([self._batch[key].cpu() for key in keys], dim=1)
         if not torch.isfinite(sums).all():
             layer, module = next(key for key in keys if not torch.isfinite(self._batch[key]).all())
+            name, _, gates = module.partition(".")
             raise NotFiniteError(
-                f"activations of layer {layer}, {module} are NaN or infinite: try --dtype float32 or bfloat16, "
-                "and check that the checkpoint's weights are finite"
+                f"{'gradients' if gates else 'activations'} of layer {layer}, {name} are NaN or infinite: "
+                "try --dtype float32 or bfloat16, and check that the checkpoint's weights are finite"
             )
         parts = Moments.from_sums(self._tokens, sums).split([self._batch[key].shape[1] for key in keys])
         for key, part in zip(keys, parts, strict=True):
@@ -112,7 +138,7 @@ class Recorder:
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
         """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
         moments = self.moments.pop(key)
-        if not self.gram or not len(moments.mean) or key[1] == "residual":
+        if not self.gram or not len(moments.mean) or key[1] not in MODULES:
             return moments, None
         total = self.grams.pop(key, None)
         return moments, torch.zeros(2 * moments.mean.shape, device=self.device) if total is None else total
@@ -152,3 +178,10 @@ def influence(recorder: Recorder, layer: int, ranks: Ranks) -> Influence:
     """A layer's block influence over all ranks; of use on rank 0 alone."""
     mine, _ = recorder.take((layer, "residual"))
     return Influence(*ranks.merged(mine).mean.float().tolist())
+
+
+def fisher(recorder: Recorder, layer: int, ranks: Ranks) -> dict[Module, NDArray[np.float32]]:
+    """Fisher information of a layer's units over all ranks, float32 (units,); of use on rank 0 alone."""
+    return {
+        module: ranks.merged(recorder.take((layer, GATES[module]))[0]).square_mean.float().numpy() for module in MODULES
+    }

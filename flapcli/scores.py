@@ -1,10 +1,15 @@
-"""Importance of channels and units, each as METHOD.md writes it (An et al., AAAI 2024). Arrays are float64."""
+"""Importance of channels and units; arrays are float64.
+
+Metrics of channels are as METHOD.md writes them (An et al., AAAI 2024) and make unit scores by the structures'
+rules; metrics of units are unit scores by themselves.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flapcli.errors import FlapError
 from flapcli.shape import ModelShape, Module
 from flapcli.stats import ModuleStats, Stats
 
@@ -40,6 +45,28 @@ METRICS: dict[str, Callable[[ModuleStats], Scores]] = {
 }
 
 
+def fisher(stats: Stats) -> UnitScores:
+    """S_u = F_u / parameters_u, F_u = mean_t (sum_j x_tj dL/dx_tj)^2 over the unit's channels j (fisher.py).
+
+    Kwon et al. 2022 (arXiv 2204.09656), whose masks the empirical Fisher information of their gates chooses. F_u
+    is in units of loss, the same over layers and modules, so nothing is standardised; per parameter, the lowest
+    that go until a share of the weights is gone are the greedy knapsack. A module's units are all of one size, so
+    that structures which take heads and neurons apart see the order of F_u itself.
+    Raises FlapError where calibration did not keep Fisher information.
+    """
+    if stats.fisher is None:
+        raise FlapError(
+            f"{stats.path} has no Fisher information, which --metric FISHER needs: run `flap calibrate --fisher`"
+        )
+    return {
+        (layer, module): values.astype(np.float64) / stats.model.unit_parameters(module)
+        for (layer, module), values in stats.fisher.items()
+    }
+
+
+UNIT_METRICS: dict[str, Callable[[Stats], UnitScores]] = {"FISHER": fisher}
+
+
 def standardise(scores: Scores) -> Scores:
     """z = (S - mean) / std over one layer's channels, std unbiased as in the authors' code; 0 where std is 0."""
     if len(scores) < 2 or (std := scores.std(ddof=1)) == 0:
@@ -52,8 +79,10 @@ def unit_scores(stats: Stats, metric: str, exponent: float, adaptive: bool) -> U
 
     Channels of attention are raised to `exponent` first (2 in the authors' code). A head's or KV group's
     score is the sum over its channels, or where `adaptive`, the mean of their standardised scores
-    (METHOD.md, Structures).
+    (METHOD.md, Structures). Neither holds for a metric of units, which is taken as it is.
     """
+    if metric in UNIT_METRICS:
+        return UNIT_METRICS[metric](stats)
     return {
         (layer, module): _module_scores(stats.model, module, METRICS[metric](values), exponent, adaptive)
         for (layer, module), values in stats.modules.items()

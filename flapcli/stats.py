@@ -75,12 +75,14 @@ class Influence(NamedTuple):
 class Stats:
     """The artifact in memory; Gram matrices stay in the file and are read by `gram`.
 
-    `influences` are the layers' in order, None in files that were written before flap kept them.
+    `influences` are the layers' in order, None in files that were written before flap kept them. `fisher` holds
+    the units' Fisher information (fisher.py), (units,) each, None where calibration was not asked for it.
     """
 
     header: StatsHeader
     modules: dict[tuple[int, Module], ModuleStats]
     influences: list[Influence] | None = None
+    fisher: dict[tuple[int, Module], Vector] | None = None
     path: Path | None = None
 
     @property
@@ -122,6 +124,10 @@ def _layer_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Ite
     yield from _module_tensors(shape, layer, gram)
 
 
+def _fisher_tensors(shape: ModelShape, layer: int) -> list[TensorSpec]:
+    return [TensorSpec(f"layers.{layer}.{module}.fisher", (shape.units(layer, module),), "F32") for module in MODULES]
+
+
 def _module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
     for module in MODULES:
         channels = shape.units(layer, module) * shape.channels_per_unit(module)
@@ -132,23 +138,30 @@ def _module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> It
 
 
 class StatsWriter:
-    """Writes a stats file layer by layer. With `resume`, goes on after the layers that are whole in the file."""
+    """Writes a stats file layer by layer. With `resume`, goes on after the layers that are whole in the file.
+
+    Where the header's settings ask for Fisher information, all layers are followed by theirs, last layer first,
+    which is how a backward pass finds it.
+    """
 
     def __init__(self, path: Path, header: StatsHeader, gram: GramDtype | None, resume: bool = False) -> None:
         shape = header.model
-        self._layers = [list(_layer_tensors(shape, layer, gram)) for layer in range(shape.num_layers)]
-        self._ends = list(accumulate((len(specs) for specs in self._layers), initial=0))
+        parts = [list(_layer_tensors(shape, layer, gram)) for layer in range(shape.num_layers)]
+        if header.settings.get("fisher"):
+            parts += [_fisher_tensors(shape, layer) for layer in reversed(range(shape.num_layers))]
+        self._parts = parts
+        self._ends = list(accumulate((len(specs) for specs in parts), initial=0))
         metadata = {"flap": header.model_dump_json()}
-        self._writer = StreamWriter(path, chain.from_iterable(self._layers), metadata, resume)
+        self._writer = StreamWriter(path, chain.from_iterable(parts), metadata, resume)
 
     @property
-    def layers(self) -> int:
-        """How many layers are whole in the file."""
+    def parts(self) -> int:
+        """How many layers are whole in the file, and then of how many the Fisher information is."""
         return bisect_right(self._ends, self._writer.written) - 1
 
-    def rewind(self, layers: int) -> None:
-        """Go on after the first `layers` layers, of those that are whole."""
-        self._writer.rewind(self._ends[layers])
+    def rewind(self, parts: int) -> None:
+        """Go on after the first of the `parts` that are whole."""
+        self._writer.rewind(self._ends[parts])
 
     def write(
         self,
@@ -160,13 +173,19 @@ class StatsWriter:
         """Append a layer and have it on disk. Raises ValueError out of order or where something is missing."""
         for spec, turned in zip(_influence_tensors(layer), influence, strict=True):
             self._writer.write(spec.name, np.array([turned], "<f4").view(np.uint8).data)
-        for spec in self._layers[layer][len(influence) :]:
+        for spec in self._parts[layer][len(influence) :]:
             _, _, module, field = spec.name.split(".")
             value = grams[module] if field == "gram" else getattr(modules[module], field)  # type: ignore[index]
             if spec.dtype == "BF16":
                 value = _bfloat16_bits(value)
             little = value.astype(GRAM_STORED[spec.dtype], order="C", copy=False)
             self._writer.write(spec.name, little.reshape(-1).view(np.uint8).data)
+        self._writer.sync()
+
+    def write_fisher(self, layer: int, fisher: Mapping[Module, Vector]) -> None:
+        """Append a layer's Fisher information and have it on disk. Raises ValueError out of order."""
+        for module in MODULES:
+            self._writer.write(f"layers.{layer}.{module}.fisher", fisher[module].astype("<f4").view(np.uint8).data)
         self._writer.sync()
 
     def __enter__(self) -> Self:
@@ -192,15 +211,22 @@ def save_stats(
     modules: dict[tuple[int, Module], ModuleStats],
     influences: list[Influence],
     grams: dict[tuple[int, Module], NDArray[np.float32]] | None = None,
+    fisher: dict[tuple[int, Module], Vector] | None = None,
     gram_dtype: GramDtype = "F32",
 ) -> None:
-    """Write the artifact atomically. Raises FlapError where the file system refuses."""
+    """Write the artifact atomically; `fisher` is there where the header's settings ask for it.
+
+    Raises FlapError where the file system refuses.
+    """
     gram = None if grams is None else gram_dtype
     with atomic_file(path) as scratch, StatsWriter(scratch, header, gram) as writer:
         for layer in range(header.model.num_layers):
             own = {module: modules[layer, module] for module in MODULES}
             squares = {m: grams[layer, m] for m in MODULES if (layer, m) in grams} if grams else {}
             writer.write(layer, own, influences[layer], squares)
+        if fisher:
+            for layer in reversed(range(header.model.num_layers)):
+                writer.write_fisher(layer, {module: fisher[layer, module] for module in MODULES})
 
 
 def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
@@ -209,8 +235,9 @@ def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
 
 
 def file_bytes(shape: ModelShape, gram: GramDtype | None) -> int:
-    """Bytes of all tensors of a stats file of this model."""
-    return sum(spec.nbytes for layer in range(shape.num_layers) for spec in _layer_tensors(shape, layer, gram))
+    """Bytes of all tensors of a stats file of this model, with Fisher information."""
+    layers = range(shape.num_layers)
+    return sum(spec.nbytes for i in layers for spec in (*_layer_tensors(shape, i, gram), *_fisher_tensors(shape, i)))
 
 
 def load_header(path: Path) -> StatsHeader:
@@ -223,7 +250,11 @@ def load_stats(path: Path) -> Stats:
     header, specs = _header_and_specs(path)
     turned = [spec for layer in range(header.model.num_layers) for spec in _influence_tensors(layer)]
     turned = turned if any(spec.name in specs for spec in turned) else []  # older files hold none
-    wanted = [*expected_tensors(header.model), *turned]
+    asked = header.settings.get("fisher", False)  # as are those without the option
+    fisher = [
+        spec for layer in range(header.model.num_layers) if asked for spec in _fisher_tensors(header.model, layer)
+    ]
+    wanted = [*expected_tensors(header.model), *turned, *fisher]
     wrong = [
         f"{want.name}: expected {list(want.shape)} {want.dtype}, found {_describe(specs.get(want.name))}"
         for want in wanted
@@ -247,7 +278,8 @@ def load_stats(path: Path) -> Stats:
     }
     values = [float(tensors[spec.name][0]) for spec in turned]
     influences = [Influence(*values[i : i + 3]) for i in range(0, len(values), 3)]
-    return Stats(header, modules, influences or None, path)
+    information = {key: tensors[f"layers.{key[0]}.{key[1]}.fisher"] for key in modules} if fisher else None
+    return Stats(header, modules, influences or None, information, path)
 
 
 def _header_and_specs(path: Path) -> tuple[StatsHeader, dict[str, TensorSpec]]:

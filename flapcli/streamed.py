@@ -59,7 +59,7 @@ class Streaming:
 
         One past the last layer where all is written, and only the file's last rename was not.
         """
-        mine = {"inputs": self.hidden.saved(), "written": self.writer.layers if self.writer else 0}
+        mine = {"inputs": self.hidden.saved(), "written": self.writer.parts if self.writer else 0}
         everyone = self.ranks.agree(mine)
         written = everyone[0]["written"]
         if written == self.checkpoint.shape.num_layers:

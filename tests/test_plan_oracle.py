@@ -19,13 +19,17 @@ ROWS = SIZE
 def random_stats(kv_heads: int, projections: int, seed: int) -> tuple[Stats, list[dict[str, list[list[float]]]]]:
     """Statistics of a random model, and the raw activations' moments and weights that they come from."""
     rng = np.random.default_rng(seed)
-    raw, modules = [], {}
+    raw, modules, fisher = [], {}, {}
     for layer in range(L):
         values = {}
         for module, channels in (("attention", H * D), ("mlp", F)):
             weight = rng.normal(size=(ROWS, channels)) * rng.uniform(0.5, 2, channels)
             x = rng.normal(size=(50, channels)) * rng.uniform(0.1, 3, channels) + rng.normal(size=channels)
-            values[module] = {"weight": weight.tolist(), "x": x.tolist()}
+            gradients = rng.normal(size=(50, channels)) * rng.uniform(0.1, 3, channels)
+            values[module] = {"weight": weight.tolist(), "x": x.tolist(), "gradients": gradients.tolist()}
+            units = kv_heads if module == "attention" else F
+            gates = (x * gradients).reshape(50, units, -1).sum(-1)
+            fisher[layer, module] = (gates**2).mean(0).astype(np.float32)
             modules[layer, module] = ModuleStats(
                 mean=x.mean(0).astype(np.float32),
                 variance=x.var(0, ddof=1).astype(np.float32),
@@ -41,7 +45,9 @@ def random_stats(kv_heads: int, projections: int, seed: int) -> tuple[Stats, lis
         layers=tuple(LayerShape(H, kv_heads, F) for _ in range(L)),
     )  # fmt: skip
     calibration = Calibration(dataset="random", nsamples=1, seqlen=50, seed=seed, tokens=50, dtype="float32")
-    return Stats(StatsHeader(model=shape, calibration=calibration, settings={}, versions={}), modules), raw
+    return Stats(
+        StatsHeader(model=shape, calibration=calibration, settings={}, versions={}), modules, fisher=fisher
+    ), raw
 
 
 def channel_scores(metric: str, values: dict[str, list[list[float]]]) -> list[float]:
@@ -142,6 +148,65 @@ def test_kept_units_equal_the_oracle(method, metric, structure, kv_heads, projec
         assert found == expected
         total = L * (kv_heads * plan.parameters.per_unit["attention"].weights + F * projections * SIZE)
         assert plan.parameters.prunable == total
+
+
+def fisher_scores(values, units):
+    """Mean over tokens of the square of what a unit's channels have in sum of activation times gradient."""
+    x, gradients = values["x"], values["gradients"]
+    width = len(x[0]) // units
+    scores = []
+    for u in range(units):
+        channels = range(u * width, (u + 1) * width)
+        scores.append(sum(sum(a[j] * g[j] for j in channels) ** 2 for a, g in zip(x, gradients, strict=True)) / len(x))
+    return scores
+
+
+def fisher_oracle(raw, structure, p, remove_heads, kv_heads, projections):
+    """Kept units: every module its best, else the lowest go; in AL-AM by loss per weight until the share is gone."""
+    cost = {"attention": (2 * (H // kv_heads) + 2) * SIZE * D, "mlp": projections * SIZE}
+    units = {"attention": kv_heads, "mlp": F}
+    scores = {(i, m): fisher_scores(raw[i][m], units[m]) for i in range(L) for m in units}
+    may_go = [(s, i, m, u) for (i, m), own in scores.items() for u, s in enumerate(own) if s < max(own)]
+    per_layer = sum(units[m] * cost[m] for m in units)
+    if structure == "AL-AM":
+        gone, weights = [], 0
+        for _, i, m, u in sorted((s / cost[m], i, m, u) for s, i, m, u in may_go):
+            if weights >= p * L * per_layer:
+                break
+            gone.append((i, m, u))
+            weights += cost[m]
+    elif structure == "AL-MM":
+        neurons = int((p * L * per_layer - remove_heads * cost["attention"]) / cost["mlp"])
+        gone = [
+            (i, m, u)
+            for module, count in (("attention", remove_heads), ("mlp", neurons))
+            for _, i, m, u in sorted(entry for entry in may_go if entry[2] == module)[:count]
+        ]
+    else:
+        heads = remove_heads // L if structure == "UL-MM" else int(p * kv_heads)
+        neurons = int((p * per_layer - heads * cost["attention"]) / cost["mlp"]) if structure == "UL-MM" else int(p * F)
+        gone = [
+            (i, m, u)
+            for layer in range(L)
+            for module, count in (("attention", heads), ("mlp", neurons))
+            for _, i, m, u in sorted(entry for entry in may_go if entry[1:3] == (layer, module))[:count]
+        ]
+    return {key: [u for u in range(units[key[1]]) if (*key, u) not in set(gone)] for key in scores}
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4, 2], ids=["mha", "gqa2", "gqa4"])
+@pytest.mark.parametrize("structure", ["UL-UM", "UL-MM", "AL-MM", "AL-AM"])
+@pytest.mark.parametrize("projections", [3, 2], ids=["gated", "ungated"])
+def test_fisher_plans_equal_the_oracle(structure, kv_heads, projections):
+    draw = random.Random(f"{structure}{kv_heads}{projections}")
+    for seed in range(4):
+        stats, raw = random_stats(kv_heads, projections, seed)
+        p = draw.choice([0.1, 0.25, 0.3, 0.5])
+        remove_heads = draw.randint(0, L * kv_heads // 8) if structure.endswith("MM") else None
+        plan = choose(stats, StatsRef(path="s", sha256="0"), "flap", "FISHER", Request(structure, p, remove_heads), 2.0)
+        expected = fisher_oracle(raw, structure, p, remove_heads, kv_heads, projections)
+        assert {(i, m): plan.kept(i, m).tolist() for i in range(L) for m in ("attention", "mlp")} == expected
+        assert plan.settings["attention_exponent"] is None
 
 
 @pytest.mark.parametrize("structure", ["UL-UM", "AL-AM", "AL-MM"])

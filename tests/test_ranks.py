@@ -100,6 +100,18 @@ def test_ranks_share_the_sampling_of_one_process(ranks, size, nsamples, tiny, fl
     assert_close(load_stats(tmp_path / "last.safetensors"), load_stats(tmp_path / "alone" / "stats.safetensors"))
 
 
+@pytest.mark.parametrize("mode", ["--no-stream"])
+def test_ranks_give_the_fisher_information_of_one_process(ranks, mode, tiny, text_file, flap, tmp_path):
+    model = tiny("qwen3")
+    flap(*calibrate(model, text_file, tmp_path / "alone"), mode, "--fisher")
+    done = ranks(2, *calibrate(model, text_file, tmp_path / "two"), mode, "--fisher")
+    assert [code for code, _, _ in done] == [0, 0], done
+    alone, two = (load_stats(tmp_path / run / "stats.safetensors") for run in ("alone", "two"))
+    assert_close(two, alone)
+    for key, values in alone.fisher.items():
+        np.testing.assert_allclose(two.fisher[key], values, rtol=1e-4, atol=1e-6 * values.max())
+
+
 def test_torchrun(tiny, text_file, flap, tmp_path):
     arguments = [str(a) for a in calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),

@@ -86,11 +86,13 @@ def _existing_stats(out: Path) -> StatsHeader | None:
 
 
 def _same_calibration(found: StatsHeader, checkpoint: Checkpoint, asked: dict[str, Any], text: str | None) -> bool:
-    """Whether stats answer what is asked; a resolved dtype and Gram matrices on top are as good."""
-    recorded = {"gram_dtype": "float32"} | found.settings
+    """Whether stats answer what is asked; a resolved dtype, Gram matrices and Fisher information on top are as good."""
+    recorded = {"gram_dtype": "float32", "fisher": False} | found.settings
     if asked["dtype"] == found.calibration.dtype:
         recorded["dtype"] = asked["dtype"]
     if not asked["gram"]:
         recorded |= {"gram": False, "gram_dtype": asked["gram_dtype"]}
+    if not asked["fisher"]:
+        recorded["fisher"] = False
     same_model = found.model.fingerprint == checkpoint.fingerprint and found.model.name == checkpoint.name
     return same_model and recorded == asked and found.calibration.source_sha256 == text

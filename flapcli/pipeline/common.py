@@ -31,6 +31,7 @@ class CalibrateOptions:
     gram: bool = False
     text_column: str = "text"
     gram_dtype: str = "float32"
+    fisher: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from flapcli.calibrate import measure
 from flapcli.checkpoint import Checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.device import dtype_name, pick_device, pick_dtype
+from flapcli.errors import UsageError
 from flapcli.loading import quiet_transformers
 from flapcli.memory import should_stream
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
@@ -49,6 +50,8 @@ def write_stats(
     streamed = not scale.device_map and any(
         ranks.agree(should_stream(checkpoint, dtype, device, options.gram, scale.stream, progress))
     )
+    if streamed and options.fisher:
+        raise UsageError("--fisher needs the whole model in memory: leave it out, or --stream, or free memory")
     texts = Texts(out, checkpoint, options, device, dtype, scale.device_map, streamed)
     windows = texts.windows(compute, force, progress, ranks)
     header = _header(checkpoint, options, windows, dtype, text, streamed)
@@ -81,7 +84,7 @@ def _header(
 ) -> StatsHeader:
     asked = asdict(options)
     calibration = Calibration(
-        **{key: value for key, value in asked.items() if key not in ("dtype", "gram", "gram_dtype")},
+        **{key: value for key, value in asked.items() if key not in ("dtype", "gram", "gram_dtype", "fisher")},
         tokens=int(windows.size),
         dtype=dtype_name(dtype),
         source_sha256=text,
@@ -141,9 +144,10 @@ class _Job:
         measured = measure(
             self.checkpoint, self.windows, self.device, self.dtype, self.compute.batch_size, self.gram is not None,
             self.progress, self.resume, self.ranks, self.scale.device_map, self.model,
+            bool(self.header.settings["fisher"]),
         )  # fmt: skip
         if self.ranks.rank == 0:
-            found = measured.modules, measured.influences, measured.grams
+            found = measured.modules, measured.influences, measured.grams, measured.fisher
             save_stats(self.out, self.header, *found, self.gram or "F32")
 
     def streamed(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flapcli.allocate import Request
-from flapcli.choose import check, choose, resolve
+from flapcli.choose import check, check_exponent, choose, resolve
 from flapcli.depth import check_depth
 from flapcli.errors import FlapError
 from flapcli.plan import FORMAT as PLAN_FORMAT
@@ -30,6 +30,7 @@ def run_plan(
     metric, structure = resolve(method, metric, structure)
     if method == "depth":
         check_depth(request, attention_exponent)
+    check_exponent(metric, attention_exponent)
     exponent = attention_exponent or (2.0 if method == "flap" else 1.0)
     request = Request(**asdict(request) | {"structure": structure})
     check(request)

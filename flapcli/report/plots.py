@@ -16,7 +16,7 @@ from flapcli.evaluate.report import EvalReport
 from flapcli.evaluate.suite import main_metric
 from flapcli.plan import Plan, load_plan
 from flapcli.rundir import RunDir, atomic_file
-from flapcli.scores import METRICS, standardise, unit_scores
+from flapcli.scores import METRICS, UNIT_METRICS, standardise, unit_scores
 from flapcli.shape import MODULES, Module
 from flapcli.stats import Stats
 
@@ -75,10 +75,10 @@ def _shares(axes: Axes, plan: Plan, module: Module) -> None:
 
 def score_picture(stats: Stats, plan: Plan) -> Figure | None:
     """Histograms of all units' scores, kept over removed, standardised within each layer; None for unknown metrics."""
-    if plan.metric not in METRICS:
+    if plan.metric not in METRICS | UNIT_METRICS:
         return None
     exponent = float(plan.settings.get("attention_exponent") or 1)
-    adaptive = plan.structure.startswith("AL")
+    adaptive = plan.structure.startswith("AL") and plan.metric in METRICS
     scores = unit_scores(stats, plan.metric, exponent, adaptive)
     figure = Figure(figsize=(4.8, 2.5), layout="constrained")
     for axes, module in zip(figure.subplots(1, 2), MODULES, strict=True):
