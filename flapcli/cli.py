@@ -35,6 +35,7 @@ def calibrate(
     batch_size: o.BatchSize = "auto",
     device: o.Device = "auto",
     dtype: o.RunDtype = "auto",
+    preset: o.Preset = "paper",
     gram: o.Gram = False,
     gram_dtype: o.GramDtypeOption = "float32",
     fisher: o.Fisher = False,
@@ -55,12 +56,15 @@ def calibrate(
     torchrun --nproc-per-node 2 -m flapcli calibrate ...
     """
     from flapcli.checkpoint import Hub
-    from flapcli.mixture import combined
     from flapcli.pipeline.calibrate import run_calibrate
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, is_writer
+    from flapcli.presets import preset_of
 
-    text = combined(dataset) if dataset else default_text(model)
-    wanted = CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype, fisher)
+    chosen = preset_of(preset)
+    text = chosen.text(dataset, default_text(model), nsamples)
+    wanted = CalibrateOptions(
+        text, nsamples, seqlen, seed, dtype, gram or chosen.gram, text_column, gram_dtype, fisher or chosen.fisher
+    )
     scale = Scale(stream, activation_memory, device_map, rank_timeout)
     path = out or run_dir / "stats.safetensors"
     hub = Hub(revision, cache_dir, trust_remote_code)
@@ -75,6 +79,7 @@ def plan(
     run_dir: o.Run = RUN,
     stats: o.StatsFile = None,
     out: o.Out = None,
+    preset: o.Preset = "paper",
     method: o.MethodOption = "flap",
     metric: o.MetricOption = None,
     structure: o.StructureOption = None,
@@ -95,15 +100,18 @@ def plan(
     """Choose which heads and neurons stay -> DIR/plan.yaml, to read and to edit."""
     from flapcli.allocate import Request
     from flapcli.pipeline.plan import run_plan
+    from flapcli.presets import preset_of
     from flapcli.target import target_of
 
-    path = out or run_dir / "plan.yaml"
+    path, chosen = out or run_dir / "plan.yaml", preset_of(preset, method)
+    if target_params or target_size:
+        target_biases = chosen.adds_bias if target_biases is None else target_biases
     target = target_of(ratio, target_params, target_size, dtype, target_biases, method)
     share = 0.2 if ratio is None else ratio
     request = Request(structure or "", share, remove_heads, round_to, heads_multiple_of, allow_empty)
     made, cached = run_plan(
-        path, stats or run_dir / "stats.safetensors", method, metric, request,
-        structure, attention_exponent, force, target,
+        path, stats or run_dir / "stats.safetensors", method, metric or chosen.metric, request,
+        structure or chosen.structure, attention_exponent, force, target,
     )  # fmt: skip
     tell(path, cached, as_json, made.model_dump(exclude_none=True), "show_plan", made)
 
@@ -115,9 +123,10 @@ def apply(
     stats: o.StatsFile = None,
     model: o.DenseModel = None,
     out: o.Out = None,
+    preset: o.Preset = "paper",
     compensate: o.CompensateOption = None,
     ridge: o.Ridge = 0.01,
-    bias: o.LstsqBias = True,
+    bias: o.LstsqBias = None,
     mask_only: o.MaskOnly = False,
     remote_code: o.RemoteCode = "auto",
     dtype: o.StoreDtype = None,
@@ -132,11 +141,15 @@ def apply(
     """Cut the checkpoint down to the plan, tensor by tensor -> DIR/pruned/."""
     from flapcli.checkpoint import Hub
     from flapcli.pipeline.apply import ApplyOptions, run_apply
+    from flapcli.presets import PRESETS
 
-    path = out or run_dir / "pruned"
+    path, chosen = out or run_dir / "pruned", PRESETS[preset]
+    bias = chosen.bias if bias is None else bias
     config, cached = run_apply(
         path, plan or run_dir / "plan.yaml", stats, model, Hub(revision, cache_dir, trust_remote_code),
-        ApplyOptions(compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size), force, bars(),
+        ApplyOptions(
+            compensate or chosen.compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size
+        ), force, bars(),
     )  # fmt: skip
     tell(path, cached, as_json, config, "show_folder", config, str(path))
 
@@ -203,6 +216,7 @@ def run(
     model: o.Model = "demo",
     run_dir: o.Run = RUN,
     ratio: o.RatioOption = None,
+    preset: o.Preset = "paper",
     method: o.MethodOption = "flap",
     metric: o.MetricOption = None,
     structure: o.StructureOption = None,
@@ -215,7 +229,7 @@ def run(
     target_size: o.TargetSize = None,
     compensate: o.CompensateOption = None,
     ridge: o.Ridge = 0.01,
-    bias: o.LstsqBias = True,
+    bias: o.LstsqBias = None,
     mask_only: o.MaskOnly = False,
     remote_code: o.RemoteCode = "auto",
     store_dtype: o.StoreDtypeOfRun = None,
@@ -248,6 +262,7 @@ def run(
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
     from flapcli.pipeline.common import several_processes
+    from flapcli.presets import preset_of
     from flapcli.target import target_of
 
     if several_processes():
@@ -256,20 +271,24 @@ def run(
     target = target_of(ratio, target_params, target_size, counted, None, method)
     if target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {target.option}")
+    chosen = preset_of(preset, method)
+    bias = chosen.bias if bias is None else bias
     biases = compensate == "bias" or (compensate == "lstsq" and bias)
+    gram = gram or compensate == "lstsq"
     shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
+    preset_: dict[str, Any] = {"preset": preset}
     hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     where = {"batch_size": batch_size, "device": device, "seqlen": seqlen, "text_column": text_column}
     stages: list[tuple[Callable[..., None], dict[str, Any]]] = [
         (calibrate, {"model": model, "dataset": dataset, "nsamples": nsamples, "seed": seed, "dtype": dtype,
                      "gram": gram, "gram_dtype": gram_dtype, "fisher": fisher or metric == "FISHER", "stream": stream}
-         | where | hub),
-        (plan, {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
+         | preset_ | where | hub),
+        (plan, preset_ | {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent,
                 "target_params": target_params, "target_size": target_size,
                 "dtype": counted, "target_biases": biases if target and compensate else None}),
-        (apply, {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
+        (apply, preset_ | {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
                  "remote_code": remote_code, "max_shard_size": max_shard_size, "dtype": store_dtype} | hub),
         (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "stream": stream,
                  "dtype": eval_dtype, "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}

@@ -11,6 +11,7 @@ def sweep(
     run_dir: o.Run = RUN,
     ratios: o.Ratios = "0.1,0.2,0.3,0.5",
     keep: o.Keep = False,
+    preset: o.Preset = "paper",
     method: o.MethodOption = "flap",
     metric: o.MetricOption = None,
     structure: o.StructureOption = None,
@@ -21,7 +22,7 @@ def sweep(
     attention_exponent: o.Exponent = None,
     compensate: o.CompensateOption = None,
     ridge: o.Ridge = 0.01,
-    bias: o.LstsqBias = True,
+    bias: o.LstsqBias = None,
     remote_code: o.RemoteCode = "auto",
     store_dtype: o.StoreDtypeOfRun = None,
     max_shard_size: o.MaxShardSize = "5GB",
@@ -32,6 +33,7 @@ def sweep(
     seed: o.Seed = 0,
     gram: o.Gram = False,
     gram_dtype: o.GramDtypeOption = "float32",
+    fisher: o.Fisher = False,
     stream: o.Stream = None,
     perplexity: o.Perplexity = None,
     tasks: o.Tasks = None,
@@ -58,22 +60,26 @@ def sweep(
     from flapcli.checkpoint import Hub
     from flapcli.choose import check, resolve
     from flapcli.evaluate.suite import expand
-    from flapcli.mixture import combined
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, several_processes
     from flapcli.pipeline.evaluate import EvalOptions
     from flapcli.pipeline.sweep import SweepOptions, run_sweep
+    from flapcli.presets import preset_of
     from flapcli.report.sweep import save_sweep_picture
     from flapcli.rundir import RunDir
 
     if several_processes():
         raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
     wanted = o.ratios(ratios)
-    chosen = resolve(method, metric, structure)[1]
-    request = Request(chosen, wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty)
+    chosen = preset_of(preset, method)
+    metric, structure = metric or chosen.metric, structure or chosen.structure
+    compensate, bias = compensate or chosen.compensate, chosen.bias if bias is None else bias
+    request = Request(
+        resolve(method, metric, structure)[1], wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty
+    )
     check(request)
-    gram = gram or compensate == "lstsq"
-    text = combined(dataset) if dataset else default_text(model)
+    gram, fisher = gram or compensate == "lstsq", fisher or metric == "FISHER"
+    text = chosen.text(dataset, default_text(model), nsamples)
     options = SweepOptions(
         wanted, method, metric, structure, attention_exponent, request,
         ApplyOptions(compensate, ridge, bias, False, remote_code, store_dtype, max_shard_size),
@@ -86,7 +92,7 @@ def sweep(
     run = RunDir(run_dir)
     made, failed = run_sweep(
         run, model, Hub(revision, cache_dir, trust_remote_code),
-        CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype), options,
+        CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype, fisher), options,
         Compute(device, o.batch(batch_size), stream=stream), Scale(stream), force, bars(),
     )  # fmt: skip
     save_sweep_picture(made, run_dir / "sweep" / "sweep.svg")

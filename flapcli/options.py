@@ -8,6 +8,7 @@ import typer
 from flapcli import __version__
 from flapcli.errors import UsageError
 
+PresetName = Literal["paper", "best"]
 Method = Literal["flap", "wanda-sp", "mag-sp", "depth"]
 Metric = Literal["IFV", "WIFV", "WIFN", "FISHER"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
@@ -94,6 +95,11 @@ RankTimeout = Annotated[
     float, typer.Option(min=5, help="Under torchrun: seconds without a sign of life after which a rank counts as dead.")
 ]
 
+Preset = Annotated[
+    PresetName,
+    typer.Option(help="What options left out mean. paper: FLAP as published. best: Fisher information, least squares "
+                 "without biases, and 15% of the calibration windows written by the model itself."),
+]  # fmt: skip
 MethodOption = Annotated[
     Method,
     typer.Option(help="flap; or a baseline: wanda-sp (scored here on the dense model's activations, where the "
@@ -156,7 +162,11 @@ CompensateOption = Annotated[
                  "`calibrate --gram`) [default: bias for flap, none for baselines]."),
 ]  # fmt: skip
 Ridge = Annotated[float, typer.Option(help="For lstsq: ridge, as a share of the kept channels' mean variance.")]
-LstsqBias = Annotated[bool, typer.Option("--bias/--no-bias", help="For lstsq: with biases, or without any.")]
+LstsqBias = Annotated[
+    bool | None,
+    typer.Option("--bias/--no-bias", help="For lstsq: with biases, or without any [default: with; without by "
+                 "--preset best]."),
+]  # fmt: skip
 MaskOnly = Annotated[bool, typer.Option("--mask-only", help="Zeros in place, shapes unchanged.")]
 RemoteCode = Annotated[
     Literal["auto", "always"],
