@@ -86,7 +86,7 @@ def test_ranks_give_the_statistics_of_one_process(ranks, mode, size, nsamples, t
     ).read_bytes()
 
 
-@pytest.mark.parametrize("mode", ["--no-stream"])
+@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
 def test_ranks_give_the_fisher_information_of_one_process(ranks, mode, tiny, text_file, flap, tmp_path):
     model = tiny("qwen3")
     flap(*calibrate(model, text_file, tmp_path / "alone"), mode, "--fisher")
