@@ -1,4 +1,4 @@
-"""Hidden states of all windows between two layers, in memory or in files, and saved after every layer."""
+"""Hidden states of all windows between two layers, or their gradient: in memory or in files, saved layer by layer."""
 
 import os
 from pathlib import Path
@@ -18,10 +18,13 @@ class HiddenStates:
 
     `in_memory`: one tensor, overwritten batch by batch. Else a file is read while the next one is written, each
     mapped only slice by slice, so that neither counts as this process's memory. In both cases a file of a
-    layer's input that bears its final name is whole.
+    layer's input that bears its final name, `name` and the layer's index, is whole.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool, resume: Resume) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool, resume: Resume, name: str = "hidden"
+    ) -> None:
+        self.name = name
         self.shape, self.dtype, self.resume = shape, dtype, resume
         self.window_bytes = shape[1] * shape[2] * dtype.itemsize
         self._states = torch.empty(shape, dtype=dtype) if in_memory else None
@@ -36,7 +39,7 @@ class HiddenStates:
         """Layers whose input is on disk from an earlier run."""
         if not self.resume.found:
             return []
-        files = self.resume.folder.glob("hidden-*.bin")
+        files = self.resume.folder.glob(f"{self.name}-*.bin")
         return sorted(int(path.stem.partition("-")[2]) for path in files if path.stat().st_size == self.nbytes)
 
     def restore(self, layer: int) -> None:
@@ -66,7 +69,7 @@ class HiddenStates:
     def _target_file(self) -> BinaryIO:
         # Written and not mapped: on a full disk a write says so, a mapping kills the process.
         if self._target is None:
-            self._target = (self.resume.ready() / "hidden.part").open("wb")
+            self._target = (self.resume.ready() / f"{self.name}.part").open("wb")
         return self._target
 
     def save(self, layer: int) -> None:
@@ -89,11 +92,11 @@ class HiddenStates:
             os.fsync(target.fileno())
         self._target = None
         self._source = self._path(layer)
-        os.replace(self.resume.folder / "hidden.part", self._source)
+        os.replace(self.resume.folder / f"{self.name}.part", self._source)
 
     def forget(self, layer: int) -> None:
         """The input of `layer` is needed no more."""
         self._path(layer).unlink(missing_ok=True)
 
     def _path(self, layer: int) -> Path:
-        return self.resume.folder / f"hidden-{layer}.bin"
+        return self.resume.folder / f"{self.name}-{layer}.bin"

@@ -1,6 +1,6 @@
 """A model of which one decoder layer at a time has weights; embeddings, masks and positions are its own code's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -93,7 +93,7 @@ class Front:
         self._loaded = True
 
     def unload(self) -> None:
-        """Give the embeddings' memory back."""
+        """Give the embeddings' and the head's memory back."""
         layers = self.checkpoint.family.layer.split("{i}")[0].rstrip(".")
         layers = layers.removeprefix(f"{self.checkpoint.family.decoder}.")
         for name, parameter in list(self.decoder.named_parameters()):
@@ -101,7 +101,7 @@ class Front:
                 parent, _, leaf = name.rpartition(".")
                 empty = torch.nn.Parameter(parameter.to(META), requires_grad=False)
                 setattr(self.decoder.get_submodule(parent), leaf, empty)
-        self._loaded = False
+        self._loaded, self._head = False, None
         give_back()
 
 
@@ -112,14 +112,17 @@ class Layers:
         self.checkpoint, self.model, self.device = checkpoint, model, device
 
     def from_(self, start: int) -> Iterator[tuple[int, torch.nn.Module, dict[Module, Norms | None]]]:
-        """Index, module with weights on the device, and norms of its output projections, from layer `start` on."""
-        count = self.checkpoint.shape.num_layers
+        """All layers from `start` on, as `over` gives them."""
+        return self.over(range(start, self.checkpoint.shape.num_layers))
+
+    def over(self, order: Sequence[int]) -> Iterator[tuple[int, torch.nn.Module, dict[Module, Norms | None]]]:
+        """Index, module with weights on the device, and norms of its output projections, of layers in this order."""
         with ThreadPoolExecutor(1) as reader:
             ahead: Future[tuple[Weights, dict[Module, Norms | None]]] | None = None
-            for index in range(start, count):
+            for place, index in enumerate(order):
                 ahead = ahead or reader.submit(self._read, index)
                 weights, norms = ahead.result()
-                ahead = reader.submit(self._read, index + 1) if index + 1 < count else None
+                ahead = reader.submit(self._read, order[place + 1]) if place + 1 < len(order) else None
                 layer = self._assign(index, weights)
                 weights.clear()
                 yield index, layer, norms

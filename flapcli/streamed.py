@@ -1,6 +1,6 @@
 """Stage 1 for models bigger than memory: one decoder layer at a time over all windows, saved after each."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,44 +15,39 @@ from flapcli.progress import Advance, Progress
 from flapcli.ranks import Ranks
 from flapcli.recording import Norms, Recorder, complete, influence
 from flapcli.resume import Resume
+from flapcli.reverse import Reverse
 from flapcli.shape import MODULES, Module
 from flapcli.stats import StatsWriter
+from flapcli.walk import Walk
 
 
-@dataclass
-class Streaming:
-    """One streamed calibration of this rank's `windows` (n, seqlen); the writer is rank 0's."""
+class Streaming(Walk):
+    """The forward pass: statistics of every layer, whose input is saved for the next run to go on with.
 
-    checkpoint: Checkpoint
-    windows: NDArray[np.int64]
-    device: torch.device
-    hidden: HiddenStates
-    front: Front
-    recorder: Recorder
-    batches: Batches
-    ranks: Ranks
-    writer: StatsWriter | None
-    model: torch.nn.Module
-    progress: Progress
+    Where Fisher information is asked for, all layers' inputs and the last one's output stay in files.
+    """
 
     def run(self, advance: Advance) -> None:
         start, count = self._start(), self.checkpoint.shape.num_layers
         advance(start * self.windows.size)
-        if self.writer:
-            self.writer.rewind(start)
         if start:
             self.progress.note(f"going on with layer {start} of {count} (from 0)")
+        if start == count:
+            return
+        if self.writer:
+            self.writer.rewind(start)
         if start == 0:
             self._embed()
-        elif start < count:
+        else:
             self.hidden.restore(start)
         for index, layer, norms in Layers(self.checkpoint, self.model, self.device).from_(start):
             self._layer(index, layer, advance)
-            if index + 1 < count:
+            if self.recorder.fisher or index + 1 < count:
                 self.hidden.save(index + 1)
             self._write(index, norms)
             self.ranks.agree(index)  # from here on no rank can need the input of this layer again
-            self.hidden.forget(index)
+            if not self.recorder.fisher:
+                self.hidden.forget(index)
 
     def _start(self) -> int:
         """The last layer whose input every rank has, and before which rank 0 has all statistics; 0 to begin.
@@ -62,31 +57,28 @@ class Streaming:
         mine = {"inputs": self.hidden.saved(), "written": self.writer.parts if self.writer else 0}
         everyone = self.ranks.agree(mine)
         written = everyone[0]["written"]
-        if written == self.checkpoint.shape.num_layers:
-            return written
+        if written >= (count := self.checkpoint.shape.num_layers):
+            return count
         shared = set.intersection(*(set(theirs["inputs"]) for theirs in everyone))
         return max((layer for layer in shared if layer <= written), default=0)
 
-    def _tokens(self, part: slice) -> torch.Tensor:
-        return torch.from_numpy(self.windows[part])
-
     def _embed(self) -> None:
         def step(part: slice) -> None:
-            self.hidden.write(part, self.front.run(self._tokens(part)))
+            self.hidden.write(part, self.front.run(self.tokens(part)))
 
         self.batches.run(len(self.windows), step, lambda _tokens: self.ranks.check())
         self.front.unload()
-        self.hidden.turn(0)
+        self.hidden.save(0) if self.recorder.fisher else self.hidden.turn(0)
 
     def _layer(self, index: int, layer: torch.nn.Module, advance: Advance) -> None:
         last = index + 1 == self.checkpoint.shape.num_layers
 
         def step(part: slice) -> None:
             self.recorder.abandon()
-            args, kwargs = self.front.call(index, self._tokens(part))
+            args, kwargs = self.front.call(index, self.tokens(part))
             states = states_of(layer(self.hidden.read(part).to(self.device), *args, **kwargs)).cpu()
             self.recorder.commit()
-            if not last:
+            if self.recorder.fisher or not last:
                 self.hidden.write(part, states)
             self.ranks.check()
 
@@ -116,28 +108,35 @@ def stream(
     writer: StatsWriter | None,
     ranks: Ranks,
     activation_memory: int,
+    with_fisher: bool = False,
 ) -> None:
     """Write the statistics of `windows` (nsamples, seqlen) layer by layer into `writer`, rank 0's.
 
     Hidden states take RAM up to `activation_memory` bytes, else files in the resume folder. Same statistics as
-    `calibrate.measure`: the same batches go through the same layers. Raises FlapError as that does.
+    `calibrate.measure`: the same batches go through the same layers. `with_fisher` goes back through them, and
+    keeps the hidden states between all layers in files for it. Raises FlapError as that does.
     """
     model = empty_model(checkpoint, dtype, device)
-    size = (*windows.shape, checkpoint.shape.hidden_size)
-    in_memory = windows.size * checkpoint.shape.hidden_size * dtype.itemsize <= activation_memory
-    run = Streaming(
-        checkpoint=checkpoint,
-        windows=windows,
-        device=device,
-        hidden=HiddenStates((size[0], size[1], size[2]), dtype, in_memory, resume),
-        front=Front(checkpoint, model, device),
-        recorder=Recorder(checkpoint, model, gram, device),
-        batches=Batches(windows.shape[1], device, batch_size, progress),
-        ranks=ranks,
-        writer=writer,
-        model=model,
-        progress=progress,
-    )
-    layers = checkpoint.shape.num_layers
-    with torch.inference_mode(), progress.task("calibrate", windows.size * layers, "tokens x layers") as advance:
-        run.run(advance)
+    passes = 2 if with_fisher else 1
+    size = (len(windows), windows.shape[1], checkpoint.shape.hidden_size)
+    in_memory = passes * windows.size * checkpoint.shape.hidden_size * dtype.itemsize <= activation_memory
+    parts: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "windows": windows,
+        "device": device,
+        "hidden": HiddenStates(size, dtype, in_memory, resume),
+        "front": Front(checkpoint, model, device),
+        "recorder": Recorder(checkpoint, model, gram, device, with_fisher),
+        "batches": Batches(windows.shape[1], device, batch_size, progress, backward=with_fisher),
+        "ranks": ranks,
+        "writer": writer,
+        "model": model,
+        "progress": progress,
+    }
+    total = windows.size * checkpoint.shape.num_layers * passes
+    # Tensors of inference mode can't take part in a backward pass.
+    mode = torch.no_grad() if with_fisher else torch.inference_mode()
+    with mode, progress.task("calibrate", total, "tokens x layers") as advance:
+        Streaming(**parts).run(advance)
+        if with_fisher:
+            Reverse(**parts, gradient=HiddenStates(size, dtype, in_memory, resume, "gradient")).run(advance)

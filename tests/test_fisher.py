@@ -5,6 +5,7 @@ import pytest
 import torch
 from models import load_dense
 from test_calibrate import CPU, windows_of
+from test_streamed import assert_same
 
 from flapcli.calibrate import measure
 from flapcli.checkpoint import open_checkpoint
@@ -163,6 +164,56 @@ def test_resumed_equals_straight(tiny, flap, text_file, tmp_path, monkeypatch):
     resumed = load_stats(tmp_path / "resumed" / "stats.safetensors")
     for key, values in straight.fisher.items():
         np.testing.assert_array_equal(resumed.fisher[key], values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory", ["8GB", "1KB"])
+def test_streamed_equals_in_memory(any_tiny, dtype, memory, flap, text_file, tmp_path):
+    more = ("--dtype", dtype)
+    whole = calibrated(flap, any_tiny, text_file, tmp_path / "memory", "--no-stream", *more)
+    stream = calibrated(
+        flap, any_tiny, text_file, tmp_path / "stream", "--stream", "--activation-memory", memory, *more
+    )
+    assert stream.header.calibration.mode == "streamed"
+    assert_same(stream, whole)
+    for key, values in whole.fisher.items():
+        np.testing.assert_array_equal(stream.fisher[key], values, err_msg=str(key))
+
+
+@pytest.mark.parametrize("memory", ["8GB", "1KB"])
+@pytest.mark.parametrize("layer", [2, 1, 0])
+def test_the_backward_sweep_goes_on(layer, memory, tiny, flap, text_file, tmp_path, monkeypatch):
+    from flapcli.reverse import Reverse
+
+    straight = calibrated(flap, tiny("qwen2"), text_file, tmp_path / "straight", "--stream")
+    run_layer = Reverse._layer
+
+    def stop(self, index, *args):
+        if index == layer:
+            raise KeyboardInterrupt
+        run_layer(self, index, *args)
+
+    monkeypatch.setattr(Reverse, "_layer", stop)
+    args = ("calibrate", tiny("qwen2"), "-d", tmp_path / "resumed", "--dataset", text_file, *SMALL, "--fisher",
+            "--stream", "--activation-memory", memory)  # fmt: skip
+    assert "interrupted" in flap(*args, code=1).stderr
+    monkeypatch.setattr(Reverse, "_layer", run_layer)
+    assert f"going on with the backward pass below layer {layer + 1} of 3" in flap(*args).stderr
+    assert (tmp_path / "resumed" / "stats.safetensors").read_bytes() == straight.path.read_bytes()
+    assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["stats.safetensors"]
+
+
+def test_space_for_streaming_is_said_and_checked(tiny, flap, text_file, tmp_path, monkeypatch):
+    import shutil
+
+    args = ("calibrate", tiny("llama-gqa"), "-d", tmp_path / "run", "--dataset", text_file, *SMALL, "--stream")
+    usage = shutil.disk_usage(tmp_path)
+    # 12 windows of 24 tokens of 48 float32 numbers, before, between and after 3 layers, and two gradients.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=6 * 12 * 24 * 48 * 4))
+    flap(*args)
+    assert "not enough disk space" in flap(*args, "--fisher", code=1).stderr
+    monkeypatch.undo()
+    assert "keeps hidden states between all layers on disk until it is done: 0.00 GB" in flap(*args, "--fisher").stderr
 
 
 def test_device_map(tiny, flap, text_file, tmp_path):

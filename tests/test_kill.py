@@ -47,8 +47,12 @@ def kill(folder: Path, arguments: list, artifact: str, setup: str = "", seed: in
 
 
 @pytest.mark.parametrize(
-    "mode", ["--stream", "--stream --activation-memory 1KB", "--stream --gram", "--no-stream", "--no-stream --gram"]
-)
+    "mode",
+    [
+        "--stream", "--stream --activation-memory 1KB", "--stream --gram", "--no-stream", "--no-stream --gram",
+        "--stream --fisher", "--stream --fisher --activation-memory 1KB", "--no-stream --fisher",
+    ],
+)  # fmt: skip
 def test_calibrate_goes_on(mode, deep, text_file, tmp_path):
     every_batch = "import flapcli.calibrate as c; c.SECONDS_BETWEEN = c.TIMES_ITS_COST = 0"
     arguments = ["calibrate", deep, "--dataset", text_file, "--nsamples", 96, "--seqlen", 32, "--batch-size", 4]

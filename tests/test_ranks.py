@@ -100,7 +100,7 @@ def test_ranks_share_the_sampling_of_one_process(ranks, size, nsamples, tiny, fl
     assert_close(load_stats(tmp_path / "last.safetensors"), load_stats(tmp_path / "alone" / "stats.safetensors"))
 
 
-@pytest.mark.parametrize("mode", ["--no-stream"])
+@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
 def test_ranks_give_the_fisher_information_of_one_process(ranks, mode, tiny, text_file, flap, tmp_path):
     model = tiny("qwen3")
     flap(*calibrate(model, text_file, tmp_path / "alone"), mode, "--fisher")

@@ -13,7 +13,6 @@ from flapcli.calibrate import measure
 from flapcli.checkpoint import Checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.device import dtype_name, pick_device, pick_dtype
-from flapcli.errors import UsageError
 from flapcli.loading import quiet_transformers
 from flapcli.memory import should_stream
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
@@ -50,8 +49,6 @@ def write_stats(
     streamed = not scale.device_map and any(
         ranks.agree(should_stream(checkpoint, dtype, device, options.gram, scale.stream, progress))
     )
-    if streamed and options.fisher:
-        raise UsageError("--fisher needs the whole model in memory: leave it out, or --stream, or free memory")
     texts = Texts(out, checkpoint, options, device, dtype, scale.device_map, streamed)
     windows = texts.windows(compute, force, progress, ranks)
     header = _header(checkpoint, options, windows, dtype, text, streamed)
@@ -124,6 +121,10 @@ class _Job:
         settings = self.header.settings
         return GRAM_CODES[str(settings["gram_dtype"])] if settings["gram"] else None
 
+    @property
+    def fisher(self) -> bool:
+        return bool(self.header.settings["fisher"])
+
     def check_space(self) -> None:
         """Say how large Gram matrices are. Raises FlapError where the disk is too full for what will be written."""
         shape = self.checkpoint.shape
@@ -134,8 +135,15 @@ class _Job:
                 f"Gram matrices take {sum(layers) / 1e9:.2f} GB on disk ({max(layers) / 1e9:.3f} GB a layer, "
                 f"{ {'F32': 'float32', 'BF16': 'bfloat16'}[self.gram] })"
             )
-        if self.header.calibration.mode == "streamed":  # a layer's input and output
-            needed += 2 * self.windows.size * shape.hidden_size * self.dtype.itemsize
+        states = self.windows.size * shape.hidden_size * self.dtype.itemsize
+        if self.header.calibration.mode == "streamed" and self.fisher:  # and a layer's gradients
+            needed += (shape.num_layers + 3) * states
+            self.progress.note(
+                "Fisher information layer by layer keeps hidden states between all layers on disk until it is done: "
+                f"{(shape.num_layers + 3) * states / 1e9:.2f} GB"
+            )
+        elif self.header.calibration.mode == "streamed":  # a layer's input and output
+            needed += 2 * states
         elif self.gram:  # the sums so far
             needed += file_bytes(shape, "F32")
         require_space(self.out.parent, needed)
@@ -143,8 +151,7 @@ class _Job:
     def in_memory(self) -> None:
         measured = measure(
             self.checkpoint, self.windows, self.device, self.dtype, self.compute.batch_size, self.gram is not None,
-            self.progress, self.resume, self.ranks, self.scale.device_map, self.model,
-            bool(self.header.settings["fisher"]),
+            self.progress, self.resume, self.ranks, self.scale.device_map, self.model, self.fisher,
         )  # fmt: skip
         if self.ranks.rank == 0:
             found = measured.modules, measured.influences, measured.grams, measured.fisher
@@ -156,7 +163,7 @@ class _Job:
         writer = StatsWriter(growing, self.header, self.gram, resume=True) if self.ranks.rank == 0 else None
         stream(
             self.checkpoint, self.windows, self.device, self.dtype, self.compute.batch_size, self.gram is not None,
-            self.progress, self.resume, writer, self.ranks, limit,
+            self.progress, self.resume, writer, self.ranks, limit, self.fisher,
         )  # fmt: skip
         if writer:
             with writer:  # checks that all is there
