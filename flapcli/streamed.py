@@ -57,7 +57,10 @@ class Streaming(Walk):
         mine = {"inputs": self.hidden.saved(), "written": self.writer.parts if self.writer else 0}
         everyone = self.ranks.agree(mine)
         written = everyone[0]["written"]
-        if written >= (count := self.checkpoint.shape.num_layers):
+        count = self.checkpoint.shape.num_layers
+        complete = 2 * count if self.recorder.fisher else count
+        # The way back needs every rank's inputs down to the first layer's, which goes last.
+        if written == complete or (written >= count and all(0 in theirs["inputs"] for theirs in everyone)):
             return count
         shared = set.intersection(*(set(theirs["inputs"]) for theirs in everyone))
         return max((layer for layer in shared if layer <= written), default=0)

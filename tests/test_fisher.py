@@ -203,6 +203,28 @@ def test_the_backward_sweep_goes_on(layer, memory, tiny, flap, text_file, tmp_pa
     assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["stats.safetensors"]
 
 
+def test_lost_hidden_states_are_made_again(tiny, flap, text_file, tmp_path, monkeypatch):
+    """As where a rank goes on on another machine."""
+    from flapcli.reverse import Reverse
+
+    straight = calibrated(flap, tiny("qwen2"), text_file, tmp_path / "straight", "--stream")
+    run_layer = Reverse._layer
+
+    def stop(self, index, *args):
+        if index == 1:
+            for path in self.hidden.resume.folder.glob("hidden-*.bin"):
+                path.unlink()
+            raise KeyboardInterrupt
+        run_layer(self, index, *args)
+
+    monkeypatch.setattr(Reverse, "_layer", stop)
+    args = ("calibrate", tiny("qwen2"), "-d", tmp_path / "run", "--dataset", text_file, *SMALL, "--fisher", "--stream")
+    assert "interrupted" in flap(*args, code=1).stderr
+    monkeypatch.setattr(Reverse, "_layer", run_layer)
+    flap(*args)
+    assert (tmp_path / "run" / "stats.safetensors").read_bytes() == straight.path.read_bytes()
+
+
 def test_space_for_streaming_is_said_and_checked(tiny, flap, text_file, tmp_path, monkeypatch):
     import shutil
 
