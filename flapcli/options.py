@@ -98,7 +98,7 @@ RankTimeout = Annotated[
 Preset = Annotated[
     PresetName,
     typer.Option(help="What options left out mean. paper: FLAP as published. best: Fisher information, least squares "
-                 "without biases, and 15% of the calibration windows written by the model itself."),
+                 "without biases, and a fifth of the calibration windows written by the model itself."),
 ]  # fmt: skip
 MethodOption = Annotated[
     Method,

@@ -10,7 +10,7 @@ from flapcli.presets import PRESETS, preset_of
 from flapcli.stats import load_header
 
 SPELLED = {
-    "calibrate": "--gram --fisher --dataset {text}:0.85 --dataset self:0.15",
+    "calibrate": "--gram --fisher --dataset {text}:0.8 --dataset self:0.2",
     "plan": "--metric FISHER --structure AL-AM",
     "apply": "--compensate lstsq --no-bias",
 }
@@ -48,8 +48,8 @@ def test_run_and_sweep_take_it(tiny, text_file, flap, tmp_path):
 @pytest.mark.parametrize(
     ("named", "found"),
     [
-        (None, "pydoc:0.85+self:0.15"),
-        (["ptb"], "ptb:0.85+self:0.15"),
+        (None, "pydoc:0.8+self:0.2"),
+        (["ptb"], "ptb:0.8+self:0.2"),
         (["ptb:1"], "ptb"),
         (["self"], "self"),
         (["ptb:2", "c4"], "ptb:0.666667+c4:0.333333"),
@@ -63,7 +63,7 @@ def test_text_of_best(named, found):
 
 
 def test_too_few_windows_for_a_share_of_them():
-    assert PRESETS["best"].text(None, "pydoc", 3) == "pydoc"
+    assert PRESETS["best"].text(None, "pydoc", 2) == "pydoc"
 
 
 def test_given_options_stand(tiny, text_file, flap, tmp_path):
