@@ -1,24 +1,23 @@
 """Stage 3: slice a checkpoint by a plan, tensor by tensor; the model is never built."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from flapcli.checkpoint.base import Checkpoint
 from flapcli.checkpoint.write import plan_shards, retyped, write_shards
-from flapcli.compensate import DEFAULT_RIDGE, Fit, least_squares, mean_bias, no_compensation
+from flapcli.compensation import Compensation, Cut, cut_of, rows_of, scatter
+from flapcli.device import TORCH_DTYPES
 from flapcli.errors import FlapError
 from flapcli.plan import Plan, check_belongs
 from flapcli.progress import Progress
 from flapcli.rundir import require_space
 from flapcli.safetensors_io import TensorSpec
 from flapcli.shape import MODULES, Module
-from flapcli.stats import Stats
 
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -27,48 +26,6 @@ class Job:
 
     outputs: tuple[TensorSpec, ...]
     make: Callable[[], tuple[torch.Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One module of one layer: which channels of its output projection stay, which go."""
-
-    layer: int
-    module: Module
-    kept_units: torch.Tensor
-    kept: torch.Tensor
-    pruned: torch.Tensor
-
-
-@dataclass
-class Compensation:
-    """How pruned channels are made up for; `errors` gathers what least squares says of each module.
-
-    `kind` is none, bias or lstsq; all but none read `stats`, lstsq its Gram matrices too.
-    """
-
-    kind: str
-    stats: Stats | None = None
-    ridge: float = DEFAULT_RIDGE
-    lstsq_bias: bool = True
-    errors: dict[tuple[int, Module], tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def adds_bias(self) -> bool:
-        return self.kind == "bias" or (self.kind == "lstsq" and self.lstsq_bias)
-
-    def fit(self, weight: torch.Tensor, cut: Cut) -> Fit:
-        """The kept columns of an output projection and what its bias gains."""
-        if self.kind == "none" or self.stats is None:
-            return no_compensation(weight, cut.kept)
-        mean = torch.from_numpy(self.stats.modules[cut.layer, cut.module].mean)
-        if self.kind == "bias":
-            return mean_bias(weight, cut.kept, cut.pruned, mean)
-        gram = torch.from_numpy(self.stats.gram(cut.layer, cut.module))
-        fit = least_squares(weight, cut.kept, cut.pruned, mean, gram, self.ridge, self.lstsq_bias)
-        if fit.before is not None and fit.after is not None:
-            self.errors[cut.layer, cut.module] = (fit.before, fit.after)
-        return fit
 
 
 def jobs(
@@ -89,7 +46,7 @@ def jobs(
     done: set[str] = set()
     for layer in range(shape.num_layers):
         for module in MODULES:
-            cut = _cut(checkpoint, plan, layer, module)
+            cut = cut_of(checkpoint, plan, layer, module)
             made |= _producer_jobs(checkpoint, cut, mask_only, code)
             made |= _output_job(checkpoint, cut, compensation, mask_only, code)
             done |= _module_tensors(checkpoint, layer, module)
@@ -126,20 +83,6 @@ def write(folder: Path, work: list[Job], max_shard_size: int, progress: Progress
         write_shards(folder, shards, tensors())
 
 
-def _cut(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module) -> Cut:
-    units = torch.from_numpy(plan.kept(layer, module))
-    channels = checkpoint.shape.units(layer, module) * checkpoint.shape.channels_per_unit(module)
-    kept = _rows_of(units, checkpoint.shape.channels_per_unit(module))
-    stays = torch.zeros(channels, dtype=torch.bool)
-    stays[kept] = True
-    return Cut(layer, module, units, kept, torch.nonzero(~stays).flatten())
-
-
-def _rows_of(units: torch.Tensor, rows_per_unit: int) -> torch.Tensor:
-    """Row (or column) indices that belong to units, ascending."""
-    return (units[:, None] * rows_per_unit + torch.arange(rows_per_unit)).flatten()
-
-
 def _producer_jobs(checkpoint: Checkpoint, cut: Cut, mask_only: bool, code: str | None) -> dict[str, Job]:
     """Rows of the projections that produce the channels, and their biases' entries."""
     shape, found = checkpoint.shape, {}
@@ -147,7 +90,7 @@ def _producer_jobs(checkpoint: Checkpoint, cut: Cut, mask_only: bool, code: str 
         return {}
     for producer, size in checkpoint.family.module(cut.module).producers.items():
         per_unit = shape.head_dim if size == "num_key_value_heads" else shape.channels_per_unit(cut.module)
-        rows = _rows_of(cut.kept_units, per_unit)
+        rows = rows_of(cut.kept_units, per_unit)
         for suffix in ("weight", "bias"):
             name = f"{checkpoint.family.layer.format(i=cut.layer)}.{producer}.{suffix}"
             if name in checkpoint.tensors:
@@ -158,14 +101,9 @@ def _producer_jobs(checkpoint: Checkpoint, cut: Cut, mask_only: bool, code: str 
 def _rows(checkpoint: Checkpoint, spec: TensorSpec, kept: torch.Tensor, mask_only: bool) -> Job:
     """Keep some rows; masked, the others become zeros in place."""
     if mask_only:
-        return Job((spec,), lambda: (_scatter(checkpoint.read(spec.name)[kept], kept, 0, spec.shape),))
+        return Job((spec,), lambda: (scatter(checkpoint.read(spec.name)[kept], kept, 0, spec.shape),))
     sliced = replace(spec, shape=(len(kept), *spec.shape[1:]))
     return Job((sliced,), lambda: (checkpoint.read(spec.name)[kept],))
-
-
-def _scatter(values: torch.Tensor, kept: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Kept rows or columns at their old places among zeros."""
-    return torch.zeros(shape, dtype=values.dtype).index_copy_(axis, kept, values)
 
 
 def _output_job(
@@ -188,11 +126,11 @@ def _output_job(
         values = {bias: torch.zeros(hidden_size, dtype=torch.float64)}
         if had_bias:
             values[bias] += checkpoint.read(bias)
+        fit = compensation.fit(checkpoint.read(weight) if source else None, cut)
         if source is not None:
-            fit = compensation.fit(checkpoint.read(weight), cut)
-            values[weight] = _scatter(fit.weight, cut.kept, 1, source.shape) if mask_only else fit.weight
-            if fit.bias is not None:
-                values[bias] += fit.bias
+            values[weight] = scatter(fit.weight, cut.kept, 1, source.shape) if mask_only else fit.weight
+        if fit.bias is not None:
+            values[bias] += fit.bias
         return tuple(values[spec.name] for spec in specs)
 
     return {specs[0].name: Job(tuple(specs), make)} if specs else {}

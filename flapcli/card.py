@@ -80,7 +80,7 @@ def _table(plan: Plan, flap: dict[str, Any], made_by: dict[str, Any]) -> str:
     rows = {
         "method, metric, structure": f"{plan.method}, {plan.metric}, {plan.structure}",
         "ratio asked, achieved": f"{plan.ratio.requested}, {plan.ratio.achieved}",
-        "compensation": made_by["compensate"],
+        "compensation": made_by["compensate"] + (", sequential" if made_by.get("sequential") else ""),
         "calibration text": made_by.get("dataset") or "unknown",
         "parameters before": f"{p.model:,}",
         "parameters after": f"{after:,}",

@@ -125,12 +125,15 @@ def apply(
     out: o.Out = None,
     preset: o.Preset = "paper",
     compensate: o.CompensateOption = None,
-    ridge: o.Ridge = 0.01,
+    ridge: o.Ridge = None,
     bias: o.LstsqBias = None,
+    sequential: o.Sequential = None,
     mask_only: o.MaskOnly = False,
     remote_code: o.RemoteCode = "auto",
     dtype: o.StoreDtype = None,
     max_shard_size: o.MaxShardSize = "5GB",
+    batch_size: o.BatchSize = "auto",
+    device: o.Device = "auto",
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -138,18 +141,21 @@ def apply(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Cut the checkpoint down to the plan, tensor by tensor -> DIR/pruned/."""
+    """Cut the checkpoint down to the plan, tensor by tensor -> DIR/pruned/.
+
+    --batch-size and --device are for --sequential, which runs in the type of the calibration.
+    """
     from flapcli.checkpoint import Hub
     from flapcli.pipeline.apply import ApplyOptions, run_apply
+    from flapcli.pipeline.common import Compute
     from flapcli.presets import PRESETS
 
-    path, chosen = out or run_dir / "pruned", PRESETS[preset]
-    bias = chosen.bias if bias is None else bias
+    path = out or run_dir / "pruned"
+    compensate, bias, sequential = PRESETS[preset].compensation(compensate, bias, sequential)
     config, cached = run_apply(
         path, plan or run_dir / "plan.yaml", stats, model, Hub(revision, cache_dir, trust_remote_code),
-        ApplyOptions(
-            compensate or chosen.compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size
-        ), force, bars(),
+        ApplyOptions(compensate, ridge, bias, mask_only, remote_code, dtype, max_shard_size, sequential), force, bars(),
+        Compute(device, o.batch(batch_size)),
     )  # fmt: skip
     tell(path, cached, as_json, config, "show_folder", config, str(path))
 
@@ -228,8 +234,9 @@ def run(
     target_params: o.TargetParams = None,
     target_size: o.TargetSize = None,
     compensate: o.CompensateOption = None,
-    ridge: o.Ridge = 0.01,
+    ridge: o.Ridge = None,
     bias: o.LstsqBias = None,
+    sequential: o.Sequential = None,
     mask_only: o.MaskOnly = False,
     remote_code: o.RemoteCode = "auto",
     store_dtype: o.StoreDtypeOfRun = None,
@@ -261,20 +268,22 @@ def run(
     debug: o.Debug = False,
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
+    from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import several_processes
     from flapcli.presets import preset_of
     from flapcli.target import target_of
 
     if several_processes():
         raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
+    chosen = preset_of(preset, method)
+    fitted, with_bias, in_turn = chosen.compensation(compensate, bias, sequential)
+    ApplyOptions(fitted, ridge, sequential=in_turn).check()
     counted = store_dtype if target_size else None
     target = target_of(ratio, target_params, target_size, counted, None, method)
     if target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {target.option}")
-    chosen = preset_of(preset, method)
-    bias = chosen.bias if bias is None else bias
-    biases = compensate == "bias" or (compensate == "lstsq" and bias)
-    gram = gram or compensate == "lstsq"
+    biases = fitted == "bias" or (fitted == "lstsq" and with_bias)
+    gram = gram or fitted == "lstsq"
     shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
     preset_: dict[str, Any] = {"preset": preset}
     hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
@@ -289,7 +298,8 @@ def run(
                 "target_params": target_params, "target_size": target_size,
                 "dtype": counted, "target_biases": biases if target and compensate else None}),
         (apply, preset_ | {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
-                 "remote_code": remote_code, "max_shard_size": max_shard_size, "dtype": store_dtype} | hub),
+                 "remote_code": remote_code, "max_shard_size": max_shard_size, "dtype": store_dtype,
+                 "sequential": sequential, "batch_size": batch_size, "device": device} | hub),
         (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "stream": stream,
                  "dtype": eval_dtype, "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
          | where | hub),

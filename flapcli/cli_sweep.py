@@ -21,8 +21,9 @@ def sweep(
     allow_empty: o.AllowEmpty = False,
     attention_exponent: o.Exponent = None,
     compensate: o.CompensateOption = None,
-    ridge: o.Ridge = 0.01,
+    ridge: o.Ridge = None,
     bias: o.LstsqBias = None,
+    sequential: o.Sequential = None,
     remote_code: o.RemoteCode = "auto",
     store_dtype: o.StoreDtypeOfRun = None,
     max_shard_size: o.MaxShardSize = "5GB",
@@ -73,7 +74,9 @@ def sweep(
     wanted = o.ratios(ratios)
     chosen = preset_of(preset, method)
     metric, structure = metric or chosen.metric, structure or chosen.structure
-    compensate, bias = compensate or chosen.compensate, chosen.bias if bias is None else bias
+    compensate, bias, sequential = chosen.compensation(compensate, bias, sequential)
+    applied = ApplyOptions(compensate, ridge, bias, False, remote_code, store_dtype, max_shard_size, sequential)
+    applied.check()
     request = Request(
         resolve(method, metric, structure)[1], wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty
     )
@@ -82,7 +85,7 @@ def sweep(
     text = chosen.text(dataset, default_text(model), nsamples)
     options = SweepOptions(
         wanted, method, metric, structure, attention_exponent, request,
-        ApplyOptions(compensate, ridge, bias, False, remote_code, store_dtype, max_shard_size),
+        applied,
         EvalOptions(
             tuple(perplexity or ()), seqlen, eval_dtype, baseline, text_column, expand(tasks) if tasks else (),
             str(include_path) if include_path else None, limit,

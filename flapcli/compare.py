@@ -79,7 +79,7 @@ def _choices(plan: Plan) -> dict[str, Any]:
 
 def _application(config: Path) -> dict[str, Any]:
     made_by = (json.loads(config.read_bytes()).get("flap") or {}).get("made_by", {})
-    return {name: made_by[name] for name in ("compensate", "mask_only") if name in made_by}
+    return {name: made_by[name] for name in ("compensate", "sequential", "mask_only") if name in made_by}
 
 
 def _evaluation(report: EvalReport) -> dict[str, Any]:

@@ -4,6 +4,7 @@ P pruned, K kept channels of one output projection with weight W (out, channels)
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -55,23 +56,66 @@ def least_squares(
     Float64 throughout. Where rounding leaves C_KK + lambda I indefinite, lambda grows tenfold until it is not.
     """
     w, mu, covariance = weight.double(), mean.double(), gram.double()
-    centred = covariance - torch.outer(mu, mu)
     if with_bias:
-        covariance = centred
+        covariance = covariance - torch.outer(mu, mu)
     solution = torch.zeros(len(kept), len(w), dtype=torch.float64)
     if len(kept) and len(pruned):
         target = covariance[kept][:, pruned] @ w[:, pruned].T
         solution = torch.cholesky_solve(target, _factor(covariance[kept][:, kept], ridge))
     moved = w[:, kept] + solution.T
     bias = w[:, pruned] @ mu[pruned] - solution.T @ mu[kept] if with_bias else None
+    return Fit(moved, bias, *lost(weight, kept, pruned, mean, gram, moved, bias))
+
+
+def lost(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    pruned: torch.Tensor,
+    mean: torch.Tensor,
+    gram: torch.Tensor,
+    moved: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[float, float]:
+    """Shares of the output's variance that are lost with the pruned channels' mean, and with `moved` and `bias`.
+
+    On the activations that mean and Gram matrix are of. The mean square of E x + e, with E what all columns
+    change by and e what the bias gains, is tr(E C Eᵀ) + |E mu + e|², C the covariance.
+    """
+    w, mu = weight.double(), mean.double()
+    covariance = gram.double() - torch.outer(mu, mu)
     change = torch.zeros_like(w)
     change[:, pruned] = -w[:, pruned]
-    whole = _power(w, centred)
-    before = _power(change, centred)
-    change[:, kept] = solution.T
-    after = _power(change, covariance)
-    share = (lambda power: power / whole) if whole > 0 else (lambda power: 0.0)
-    return Fit(moved, bias, share(before), share(after))
+    whole, before = _power(w, covariance), _power(change, covariance)
+    change[:, kept] = moved.double() - w[:, kept]
+    off = change @ mu if bias is None else change @ mu + bias
+    after = _power(change, covariance) + float(off.square().sum())
+    return (before / whole, after / whole) if whole > 0 else (0.0, 0.0)
+
+
+class Means(NamedTuple):
+    """Means over tokens of x (|K|,), r (out,), x xᵀ (|K|, |K|) and x rᵀ (|K|, out), float64."""
+
+    x: torch.Tensor
+    r: torch.Tensor
+    xx: torch.Tensor
+    xr: torch.Tensor
+
+
+def refined(
+    start: torch.Tensor, means: Means, ridge: float, with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and bias of argmin over D, b of mean |(W0 + D) x + b - y|² + lambda |D|², float64.
+
+    `start` is W0 (out, |K|), r = y - W0 x. Centred with a bias, else as they are and b = 0: Dᵀ = (C + lambda I)^-1
+    C_xr, lambda = ridge * mean(diag C), b = mean r - D mean x. Where r is 0 or a constant that b takes, D = 0.
+    """
+    gram, cross = means.xx, means.xr
+    if with_bias:
+        gram, cross = gram - torch.outer(means.x, means.x), cross - torch.outer(means.x, means.r)
+    change = torch.zeros_like(start, dtype=torch.float64)
+    if len(means.x):
+        change = torch.cholesky_solve(cross, _factor(gram, ridge)).T
+    return start.double() + change, means.r - change @ means.x if with_bias else None
 
 
 def _factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:

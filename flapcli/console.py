@@ -133,7 +133,9 @@ def show_folder(config: dict[str, Any], path: str) -> None:
     made_by = flap["made_by"]
     table = _pairs(f"pruned checkpoint {path}")
     table.add_row("made from", made_by["model"]["name"])
-    table.add_row("compensation", made_by["compensate"] + (", masked in place" if made_by["mask_only"] else ""))
+    how = ", sequential" if made_by.get("sequential") else ""
+    masked = ", masked in place" if made_by["mask_only"] else ""
+    table.add_row("compensation", made_by["compensate"] + how + masked)
     table.add_row("biases added", ", ".join(flap["biases"]) or "none")
     if "source_layers" in flap:
         kept = flap["source_layers"]

@@ -12,6 +12,7 @@ from flapcli.progress import Advance, Progress
 CPU_TOKENS, GPU_TOKENS = 1024, 16384  # a batch's tokens: past these, larger batches gain nothing
 BACKWARD = 4  # the share of them that passes with a gradient take, which hold all layers' activations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:

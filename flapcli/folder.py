@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flapcli import modeling
-from flapcli.apply import Compensation
 from flapcli.card import model_card
 from flapcli.checkpoint.base import Checkpoint
+from flapcli.compensation import Compensation
 from flapcli.dropped import Depth
 from flapcli.families import Family
 from flapcli.plan import Plan, save_plan

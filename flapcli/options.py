@@ -161,7 +161,17 @@ CompensateOption = Annotated[
     typer.Option(help="What makes up for pruned channels: none, bias (the paper's), lstsq (least squares; needs "
                  "`calibrate --gram`) [default: bias for flap, none for baselines]."),
 ]  # fmt: skip
-Ridge = Annotated[float, typer.Option(help="For lstsq: ridge, as a share of the kept channels' mean variance.")]
+Ridge = Annotated[
+    float | None,
+    typer.Option(help="For lstsq: ridge, as a share of the kept channels' mean variance [default: 0.01; 0.3 with "
+                 "--sequential, where it holds every fit near the one without]."),
+]  # fmt: skip
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential/--no-sequential", help="For lstsq: fit every projection in turn on what the pruned "
+                 "layers before it make of the calibration text, so that it repairs their errors too; runs the "
+                 "model, one layer at a time [default: not; by --preset best yes]."),
+]  # fmt: skip
 LstsqBias = Annotated[
     bool | None,
     typer.Option("--bias/--no-bias", help="For lstsq: with biases, or without any [default: with; without by "

@@ -7,6 +7,8 @@ from typing import Literal
 from flapcli.errors import UsageError
 from flapcli.mixture import SELF, combined
 
+Compensate = Literal["none", "bias", "lstsq"]
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -17,8 +19,9 @@ class Preset:
 
     metric: Literal["FISHER"] | None = None
     structure: Literal["AL-AM"] | None = None
-    compensate: Literal["lstsq"] | None = None
+    compensate: Compensate | None = None
     bias: bool = True
+    sequential: bool = False
     gram: bool = False
     fisher: bool = False
     self_share: float = 0.0
@@ -27,6 +30,14 @@ class Preset:
     def adds_bias(self) -> bool | None:
         """Whether compensation adds biases; None where the method decides."""
         return self.bias if self.compensate else None
+
+    def compensation(
+        self, compensate: Compensate | None, bias: bool | None, sequential: bool | None
+    ) -> tuple[Compensate | None, bool, bool]:
+        """`--compensate`, `--bias` and `--sequential`; a preset's --sequential only goes with its own compensation."""
+        compensate = compensate or self.compensate
+        in_turn = self.sequential and compensate == self.compensate
+        return compensate, self.bias if bias is None else bias, in_turn if sequential is None else sequential
 
     def text(self, named: Sequence[str] | None, default: str, nsamples: int) -> str:
         """The calibration text: what `--dataset` names, with the model's own text mixed in.
@@ -43,7 +54,7 @@ class Preset:
 PRESETS = {
     "paper": Preset(),
     # What won on the scoreboard (tests/benchmarks/quality.py, README), on text that no choice was made by.
-    "best": Preset("FISHER", "AL-AM", "lstsq", bias=False, gram=True, fisher=True, self_share=0.2),
+    "best": Preset("FISHER", "AL-AM", "lstsq", bias=False, sequential=True, gram=True, fisher=True, self_share=0.2),
 }
 
 

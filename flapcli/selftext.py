@@ -43,6 +43,11 @@ class SelfText(BaseModel):
         """Token ids, (nsamples, seqlen)."""
         return np.asarray([window.tokens for window in self.windows], np.int64).reshape(self.nsamples, self.seqlen)
 
+    def is_of(self, fingerprint: str, nsamples: int, seqlen: int, seed: int) -> bool:
+        """Whether this is what that model samples, asked for so much."""
+        asked = (fingerprint, nsamples, seqlen, seed)
+        return (self.fingerprint, self.nsamples, self.seqlen, self.seed) == asked
+
 
 def path_beside(stats: Path) -> Path:
     """Where the text of the statistics at `stats` lies."""

@@ -12,7 +12,7 @@ from flapcli.stats import load_header
 SPELLED = {
     "calibrate": "--gram --fisher --dataset {text}:0.8 --dataset self:0.2",
     "plan": "--metric FISHER --structure AL-AM",
-    "apply": "--compensate lstsq --no-bias",
+    "apply": "--compensate lstsq --no-bias --sequential",
 }
 
 

@@ -75,8 +75,9 @@ class _Job:
         done = None if self.force else self._measured(folder)
         if done is None or (self.options.keep and not pruned.exists()):
             run_apply(
-                pruned, folder / "plan.yaml", None, self.model, self.hub, self.options.apply, self.force, self.progress
-            )
+                pruned, folder / "plan.yaml", None, self.model, self.hub, self.options.apply, self.force, self.progress,
+                self.compute,
+            )  # fmt: skip
         if done:
             self.progress.note(f"{evaluation}: up to date")
             return done

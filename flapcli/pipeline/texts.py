@@ -1,5 +1,6 @@
 """The windows of a calibration: from texts, from the model itself, or from several of these."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from flapcli.checkpoint import Checkpoint
 from flapcli.corpus import calibration_windows
 from flapcli.device import dtype_name
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, UsageError
 from flapcli.loading import load_model
 from flapcli.mixture import SELF, Mixture
 from flapcli.pipeline.common import CalibrateOptions, Compute, versions
@@ -18,9 +19,56 @@ from flapcli.progress import Progress
 from flapcli.ranks import Ranks
 from flapcli.sample import sample_windows
 from flapcli.selftext import SelfText, Window, load_selftext, path_beside, save_selftext
+from flapcli.stats import Calibration, StatsHeader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def drawn(
+    text: CalibrateOptions | Calibration, tokenizer: "PreTrainedTokenizerBase", own: Callable[[int], NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """Windows (nsamples, seqlen) of what `text` names, its sources in order; `own` gives that many of `self`."""
+    mixture = Mixture.read(text.dataset)
+    counts = dict(zip(mixture.sources, mixture.counts(text.nsamples), strict=True))
+    parts = {  # texts before sampling, which takes longer to fail
+        source: calibration_windows(source, tokenizer, count, text.seqlen, text.seed, text.text_column)
+        for source, count in counts.items()
+        if source != SELF
+    }
+    if SELF in counts:
+        parts[SELF] = own(counts[SELF])
+    return np.concatenate([parts[source] for source in mixture.sources])
+
+
+def redrawn(stats: StatsHeader, path: Path, checkpoint: Checkpoint) -> NDArray[np.int64]:
+    """The windows (nsamples, seqlen) that the statistics at `path` are of, drawn once more.
+
+    Raises FlapError where the text is not there any more, or another one by now.
+    """
+    text = stats.calibration
+    mixture = Mixture.read(text.dataset)
+    try:
+        mixture.check()
+    except UsageError as error:
+        raise FlapError(f"the calibration text of {path} is needed once more: {error}") from error
+    if mixture.sha256() != text.source_sha256:
+        raise FlapError(
+            f"the calibration text {text.dataset} is another one than {path} was made from: put that one back, or run "
+            "`flap calibrate` and `flap plan` again"
+        )
+
+    def own(count: int) -> NDArray[np.int64]:
+        place = path_beside(path)
+        found = load_selftext(place)
+        if found is None or not found.is_of(stats.model.fingerprint, count, text.seqlen, text.seed):
+            raise FlapError(
+                f"{place} does not hold the text that {path} was made from: put it back, or run `flap calibrate` and "
+                "`flap plan` again"
+            )
+        return found.array
+
+    return drawn(text, checkpoint.load_tokenizer(), own)
 
 
 class Texts:
@@ -49,17 +97,12 @@ class Texts:
         The order changes no statistics beyond rounding; this way a source's part is one slice, and the same windows
         as that source alone gives. Raises FlapError where a text can't be had.
         """
-        options, tokenizer = self.options, self.checkpoint.load_tokenizer()
-        mixture = Mixture.read(options.dataset)
-        counts = dict(zip(mixture.sources, mixture.counts(options.nsamples), strict=True))
-        parts = {  # texts before sampling, which takes longer to fail
-            source: calibration_windows(source, tokenizer, count, options.seqlen, options.seed, options.text_column)
-            for source, count in counts.items()
-            if source != SELF
-        }
-        if SELF in counts:
-            parts[SELF] = self._own(tokenizer, counts[SELF], compute.batch_size, force, progress, ranks)
-        return np.concatenate([parts[source] for source in mixture.sources])
+        tokenizer = self.checkpoint.load_tokenizer()
+        return drawn(
+            self.options,
+            tokenizer,
+            lambda count: self._own(tokenizer, count, compute.batch_size, force, progress, ranks),
+        )
 
     def _own(
         self,
@@ -97,9 +140,7 @@ class Texts:
         if found is None or (force and not self.streamed):
             return None
         options = self.options
-        same = (found.fingerprint, found.nsamples, found.seqlen, found.seed) == (
-            self.checkpoint.fingerprint, count, options.seqlen, options.seed,
-        )  # fmt: skip
+        same = found.is_of(self.checkpoint.fingerprint, count, options.seqlen, options.seed)
         same_dtype = self.streamed or found.dtype == dtype_name(self.dtype)
         return found.array.tolist() if same and same_dtype else None
 

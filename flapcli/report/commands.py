@@ -8,7 +8,7 @@ from flapcli.plan import Plan
 from flapcli.stats import StatsHeader
 from flapcli.target import recorded
 
-APPLY = ("compensate", "mask_only", "dtype", "max_shard_size")
+APPLY = ("compensate", "sequential", "mask_only", "dtype", "max_shard_size")
 
 
 def calibrate_command(header: StatsHeader, run_dir: str) -> str:
@@ -27,7 +27,10 @@ def plan_command(plan: Plan, run_dir: str) -> str:
 
 
 def apply_command(made_by: Mapping[str, Any], run_dir: str) -> str:
-    return _join("apply", [], run_dir, {key: made_by.get(key) for key in APPLY})
+    options = {key: made_by.get(key) for key in APPLY}
+    if made_by.get("compensate") == "lstsq":
+        options |= {"ridge": made_by.get("ridge"), "no_bias": made_by.get("lstsq_bias") is False}
+    return _join("apply", [], run_dir, options)
 
 
 def eval_command(settings: Mapping[str, Any], run_dir: str) -> str:

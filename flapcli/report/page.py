@@ -14,7 +14,7 @@ from flapcli.evaluate.report import EvalReport, load_report
 from flapcli.evaluate.table import cost_rows, models_of, quality_rows, speed_lines
 from flapcli.plan import Plan, load_plan
 from flapcli.report import plots
-from flapcli.report.commands import apply_command, calibrate_command, eval_command, plan_command
+from flapcli.report.commands import APPLY, apply_command, calibrate_command, eval_command, plan_command
 from flapcli.rundir import RunDir, atomic_file, sha256
 from flapcli.stats import Stats, StatsHeader, load_stats
 
@@ -141,7 +141,7 @@ def _settings(
     if plan:
         found["plan"] = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
     if made_by:
-        keys = ("version", "compensate", "mask_only", "dtype", "max_shard_size", "plan_sha256", "stats_sha256")
+        keys = ("version", *APPLY, "plan_sha256", "stats_sha256")
         found["apply"] = {key: made_by.get(key) for key in keys}
     if report:
         found["eval"] = report.settings
