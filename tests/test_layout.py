@@ -13,7 +13,7 @@ ROOT = Path(flapcli.__file__).parent
 NOUNS = {"stats", "plan", "checkpoint", "evaluate.report", "sweep", "selftext"}
 VERBS = {
     "calibrate", "streamed", "choose", "apply", "export", "evaluate.measure", "evaluate.perplexity", "evaluate.tasks",
-    "evaluate.speed", "evaluate.memory", "evaluate.generate", "sample",
+    "evaluate.speed", "evaluate.memory", "evaluate.generate", "sample", "sequential",
 }  # fmt: skip
 TOP = {
     "cli", "cli_results", "cli_sweep", "command", "__main__", "console", "console_results", "console_sweep",

@@ -12,6 +12,7 @@ from test_compensate import random_data
 from flapcli.compensate import Means, least_squares, lost, refined
 from flapcli.corpus import calibration_windows
 from flapcli.plan import load_plan
+from flapcli.report.commands import apply_command
 from flapcli.shape import MODULES
 from flapcli.stats import load_stats
 
@@ -282,6 +283,24 @@ def test_misuse(calibrated, flap, tmp_path):
     for command in (["apply", "-d", run], ["run", "demo", "-d", tmp_path], ["sweep", "demo", "-d", tmp_path]):
         result = flap(*command, "--sequential", code=2)
         assert result.stderr.splitlines()[-1] == "error: --sequential is a way of --compensate lstsq: give that too"
+
+
+def test_run_and_sweep_pass_it_on(tiny, flap, text_file, tmp_path):
+    """Both end in the same perplexity, which is another one than without."""
+    same = [tiny("llama-gqa"), "--dataset", text_file, *SMALL, "--compensate", "lstsq", "--seqlen", 24, "--no-baseline"]
+    flap("run", *same, "-d", tmp_path / "run", "--ratio", 0.3, "--sequential", "--batch-size", 5)
+    made_by = json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())["flap"]["made_by"]
+    assert (made_by["sequential"], made_by["ridge"]) == (True, 0.3)
+    command = apply_command(made_by, str(tmp_path / "run"))
+    assert "--compensate lstsq --sequential" in command
+    assert "--ridge 0.3" in command
+    found = {}
+    for option in ("--sequential", "--no-sequential"):
+        flap("sweep", *same, "-d", tmp_path / "sweep", "--ratios", 0.3, option, "--batch-size", 5)
+        found[option] = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"][0]["perplexity"]
+    alone = json.loads((tmp_path / "run" / "eval.json").read_text())["perplexity"]
+    assert found["--sequential"] == alone
+    assert found["--no-sequential"] != alone
 
 
 def test_cache_and_card(calibrated, flap):
