@@ -16,8 +16,8 @@ VERBS = {
     "evaluate.speed", "evaluate.memory", "evaluate.generate", "sample", "sequential",
 }  # fmt: skip
 TOP = {
-    "cli", "cli_results", "cli_sweep", "command", "__main__", "console", "console_results", "console_sweep",
-    "options", "show", "pipeline",
+    "cli", "cli_results", "cli_run", "cli_stages", "cli_sweep", "command", "__main__",
+    "console", "console_results", "console_sweep", "options", "show", "pipeline",
 }  # fmt: skip
 
 

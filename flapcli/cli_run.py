@@ -1,0 +1,106 @@
+"""`flap run`. What is heavy is imported inside."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flapcli import options as o
+from flapcli.cli_stages import apply, calibrate, eval_, plan
+from flapcli.command import RUN, command
+from flapcli.errors import UsageError
+
+
+@command
+def run(
+    model: o.Model = "demo",
+    run_dir: o.Run = RUN,
+    ratio: o.RatioOption = None,
+    preset: o.Preset = "paper",
+    method: o.MethodOption = "flap",
+    metric: o.MetricOption = None,
+    structure: o.StructureOption = None,
+    remove_heads: o.RemoveHeads = None,
+    round_to: o.RoundTo = 1,
+    heads_multiple_of: o.HeadsMultiple = 1,
+    allow_empty: o.AllowEmpty = False,
+    attention_exponent: o.Exponent = None,
+    target_params: o.TargetParams = None,
+    target_size: o.TargetSize = None,
+    compensate: o.CompensateOption = None,
+    ridge: o.Ridge = None,
+    bias: o.LstsqBias = None,
+    sequential: o.Sequential = None,
+    mask_only: o.MaskOnly = False,
+    remote_code: o.RemoteCode = "auto",
+    store_dtype: o.StoreDtypeOfRun = None,
+    max_shard_size: o.MaxShardSize = "5GB",
+    dataset: o.Dataset = None,
+    text_column: o.TextColumn = "text",
+    nsamples: o.Nsamples = 1024,
+    seqlen: o.Seqlen = 128,
+    seed: o.Seed = 0,
+    gram: o.Gram = False,
+    gram_dtype: o.GramDtypeOption = "float32",
+    fisher: o.Fisher = False,
+    stream: o.Stream = None,
+    perplexity: o.Perplexity = None,
+    tasks: o.Tasks = None,
+    include_path: o.IncludePath = None,
+    limit: o.Limit = None,
+    speed: o.Speed = False,
+    baseline: o.Baseline = True,
+    batch_size: o.BatchSize = "auto",
+    device: o.Device = "auto",
+    dtype: o.RunDtype = "auto",
+    eval_dtype: o.EvalDtype = "auto",
+    revision: o.Revision = None,
+    cache_dir: o.CacheDir = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
+    from flapcli.pipeline.apply import ApplyOptions
+    from flapcli.pipeline.common import several_processes
+    from flapcli.presets import preset_of
+    from flapcli.target import target_of
+
+    if several_processes():
+        raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
+    chosen = preset_of(preset, method)
+    fitted, with_bias, in_turn = chosen.compensation(compensate, bias, sequential)
+    ApplyOptions(fitted, ridge, sequential=in_turn).check()
+    counted = store_dtype if target_size else None
+    target = target_of(ratio, target_params, target_size, counted, None, method)
+    if target and mask_only:
+        raise UsageError(f"--mask-only leaves the size as it is: leave out {target.option}")
+    biases = fitted == "bias" or (fitted == "lstsq" and with_bias)
+    gram = gram or fitted == "lstsq"
+    shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
+    preset_: dict[str, Any] = {"preset": preset}
+    hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    where = {"batch_size": batch_size, "device": device, "seqlen": seqlen, "text_column": text_column}
+    stages: list[tuple[Callable[..., None], dict[str, Any]]] = [
+        (calibrate, {"model": model, "dataset": dataset, "nsamples": nsamples, "seed": seed, "dtype": dtype,
+                     "gram": gram, "gram_dtype": gram_dtype, "fisher": fisher or metric == "FISHER", "stream": stream}
+         | preset_ | where | hub),
+        (plan, preset_ | {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
+                "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
+                "allow_empty": allow_empty, "attention_exponent": attention_exponent,
+                "target_params": target_params, "target_size": target_size,
+                "dtype": counted, "target_biases": biases if target and compensate else None}),
+        (apply, preset_ | {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
+                 "remote_code": remote_code, "max_shard_size": max_shard_size, "dtype": store_dtype,
+                 "sequential": sequential, "batch_size": batch_size, "device": device} | hub),
+        (eval_, {"checkpoint": "", "perplexity": perplexity, "baseline": baseline, "stream": stream,
+                 "dtype": eval_dtype, "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
+         | where | hub),
+    ]  # fmt: skip
+    from flapcli import console
+    from flapcli.show import inspect
+
+    with console.silent_stdout(as_json):
+        for stage, own in stages:
+            stage(**shared, **own)
+    if as_json:
+        console.data({name: value for name, value, _ in inspect(run_dir)})
