@@ -46,7 +46,7 @@ def calibrate(
     from flapcli.presets import preset_of
 
     chosen = preset_of(preset)
-    text = chosen.text(dataset, default_text(model), nsamples)
+    text, nsamples = chosen.text(dataset, default_text(model), nsamples)
     wanted = CalibrateOptions(
         text, nsamples, seqlen, seed, dtype, gram or chosen.gram, text_column, gram_dtype, fisher or chosen.fisher
     )

@@ -82,7 +82,7 @@ def sweep(
     )
     check(request)
     gram, fisher = gram or compensate == "lstsq", fisher or metric == "FISHER"
-    text = chosen.text(dataset, default_text(model), nsamples)
+    text, nsamples = chosen.text(dataset, default_text(model), nsamples)
     options = SweepOptions(
         wanted, method, metric, structure, attention_exponent, request,
         applied,

@@ -98,7 +98,7 @@ RankTimeout = Annotated[
 Preset = Annotated[
     PresetName,
     typer.Option(help="What options left out mean. paper: FLAP as published. best: Fisher information, least squares "
-                 "without biases, and a fifth of the calibration windows written by the model itself."),
+                 "without biases, and beside the calibration windows three eighths as many that the model writes."),
 ]  # fmt: skip
 MethodOption = Annotated[
     Method,

@@ -14,7 +14,7 @@ Compensate = Literal["none", "bias", "lstsq"]
 class Preset:
     """What the stages do where the command line leaves it open; None leaves it to the option's own default.
 
-    `self_share` of the calibration windows are text that the model writes itself.
+    `own_text`: windows of text that the model writes itself, for each window asked for, beside these.
     """
 
     metric: Literal["FISHER"] | None = None
@@ -24,7 +24,7 @@ class Preset:
     sequential: bool = False
     gram: bool = False
     fisher: bool = False
-    self_share: float = 0.0
+    own_text: float = 0.0
 
     @property
     def adds_bias(self) -> bool | None:
@@ -39,22 +39,23 @@ class Preset:
         in_turn = self.sequential and compensate == self.compensate
         return compensate, self.bias if bias is None else bias, in_turn if sequential is None else sequential
 
-    def text(self, named: Sequence[str] | None, default: str, nsamples: int) -> str:
-        """The calibration text: what `--dataset` names, with the model's own text mixed in.
+    def text(self, named: Sequence[str] | None, default: str, nsamples: int) -> tuple[str, int]:
+        """The calibration text and how many windows: what is asked for, and the model's own text beside it.
 
         Shares that the user gives are left alone, a single one such as `pydoc:1` too, and so is `self`.
         """
         given = combined(named) if named else default
         asked = named is None or list(named) == [given]
-        if not asked or given == SELF or round(self.self_share * nsamples) == 0:
-            return given
-        return f"{given}:{1 - self.self_share:.6g}+{SELF}:{self.self_share:.6g}"
+        own = round(self.own_text * nsamples)
+        if not asked or given == SELF or own == 0:
+            return given, nsamples
+        return combined([f"{given}:{nsamples}", f"{SELF}:{own}"]), nsamples + own
 
 
 PRESETS = {
     "paper": Preset(),
     # What won on the scoreboard (tests/benchmarks/quality.py, README), on text that no choice was made by.
-    "best": Preset("FISHER", "AL-AM", "lstsq", bias=False, sequential=True, gram=True, fisher=True, self_share=0.2),
+    "best": Preset("FISHER", "AL-AM", "lstsq", bias=False, sequential=True, gram=True, fisher=True, own_text=0.375),
 }
 
 

@@ -178,7 +178,8 @@ class Sequential:
         ends: dict[Module, tuple[torch.Tensor, torch.Tensor]] = {"attention": (before, middle), "mlp": (middle, after)}
         for module, (start, end) in ends.items():
             added = layer.get_submodule(family.module(module).output)(taps.inputs[module])
-            if not torch.allclose(start + added, end, rtol=0, atol=0.02 * float(end.abs().max())):
+            rounding = 2 * torch.finfo(end.dtype).eps * float(end.abs().max())
+            if not torch.allclose(end - start, added, rtol=0, atol=rounding + 0.01 * float(added.abs().max())):
                 raise FlapError(
                     f"--sequential knows no layers like those of family {family.name}, whose {module} adds something "
                     "else to the residual stream than its output projection's output: leave it out"

@@ -10,14 +10,14 @@ from flapcli.presets import PRESETS, preset_of
 from flapcli.stats import load_header
 
 SPELLED = {
-    "calibrate": "--gram --fisher --dataset {text}:0.8 --dataset self:0.2",
+    "calibrate": "--gram --fisher --dataset {text}:16 --dataset self:6 --nsamples 22",
     "plan": "--metric FISHER --structure AL-AM",
     "apply": "--compensate lstsq --no-bias --sequential",
 }
 
 
 def stages(flap, model, text, run, options):
-    common = ["--nsamples", 20, "--seqlen", 16]
+    common = ["--nsamples", 16, "--seqlen", 16]
     dataset = [] if "--dataset" in options["calibrate"] else ["--dataset", text]
     flap("calibrate", model, "-d", run, *common, *dataset, *options["calibrate"].split())
     flap("plan", "-d", run, "--ratio", 0.3, *options["plan"].split())
@@ -48,22 +48,28 @@ def test_run_and_sweep_take_it(tiny, text_file, flap, tmp_path):
 @pytest.mark.parametrize(
     ("named", "found"),
     [
-        (None, "pydoc:0.8+self:0.2"),
-        (["ptb"], "ptb:0.8+self:0.2"),
-        (["ptb:1"], "ptb"),
-        (["self"], "self"),
-        (["ptb:2", "c4"], "ptb:0.666667+c4:0.333333"),
+        (None, ["pydoc", "self"]),
+        (["ptb"], ["ptb", "self"]),
+        (["ptb:1"], ["ptb"]),
+        (["self"], ["self"]),
+        (["ptb:2", "c4"], ["ptb", "c4"]),
     ],
 )
-def test_text_of_best(named, found):
-    text = PRESETS["best"].text(named, "pydoc", 128)
-    assert text == found
-    assert sum(Mixture.read(text).counts(128)) == 128
-    assert PRESETS["paper"].text(["ptb"], "pydoc", 128) == "ptb"
+@pytest.mark.parametrize("nsamples", [128, 1024, 11])
+def test_text_of_best(named, found, nsamples):
+    """All windows asked for, and three eighths as many of the model's own beside them."""
+    mixture, total = PRESETS["best"].text(named, "pydoc", nsamples)
+    assert list(Mixture.read(mixture).sources) == found
+    counts = Mixture.read(mixture).counts(total)
+    if "self" in found[1:]:
+        assert counts == [nsamples, round(nsamples * 3 / 8)]
+    else:
+        assert sum(counts) == nsamples
+    assert PRESETS["paper"].text(["ptb"], "pydoc", nsamples) == ("ptb", nsamples)
 
 
-def test_too_few_windows_for_a_share_of_them():
-    assert PRESETS["best"].text(None, "pydoc", 2) == "pydoc"
+def test_too_few_windows_for_own_text():
+    assert PRESETS["best"].text(None, "pydoc", 1) == ("pydoc", 1)
 
 
 def test_given_options_stand(tiny, text_file, flap, tmp_path):
