@@ -54,7 +54,7 @@ class Preset:
 
 PRESETS = {
     "paper": Preset(),
-    # What won on the scoreboard (tests/benchmarks/quality.py, README), on text that no choice was made by.
+    # What won in the trials that README tells of; tests/benchmarks/quality.py holds it against the others.
     "best": Preset("FISHER", "AL-AM", "lstsq", bias=False, sequential=True, gram=True, fisher=True, own_text=0.375),
 }
 

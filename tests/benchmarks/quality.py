@@ -4,9 +4,9 @@
     python tests/benchmarks/quality.py --news gensim-*.whl --dir /tmp/quality
 
 SmolLM2-135M-Instruct as it is (gqa) and with K and V repeated to 9 heads (mha), calibrated on pydoc (`best`: as its
-preset says), bfloat16. Perplexity on pydoc's test windows and on Australian news of the year 2000 (the Lee corpus in
-gensim's wheel), which no choice in this project was made by. Rows that are in DIR/rows.jsonl are not measured again,
-so an interrupted run goes on. Hours on 2 cores with 1024 windows; `--nsamples 128` does a part.
+preset says), bfloat16. Perplexity on pydoc's test windows and on Australian news (the Lee corpus in gensim's wheel).
+Rows that are in DIR/rows.jsonl are not measured again, so an interrupted run goes on. Hours on 2 cores with 1024
+windows; `--nsamples 128` does a part.
 """
 
 import argparse
