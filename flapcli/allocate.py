@@ -52,8 +52,7 @@ def _ul_mm(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
     heads = (request.remove_heads or 0) // shape.num_layers
     removed: Counts = {}
     for layer in range(shape.num_layers):
-        parameters = sum(shape.units(layer, m) * shape.unit_parameters(m) for m in MODULES)
-        rest = request.ratio * parameters - shape.unit_parameters("attention") * heads
+        rest = request.ratio * shape.prunable_layer(layer) - shape.unit_parameters("attention") * heads
         neurons = _neurons(rest, shape, request)
         for module, count in (("attention", heads), ("mlp", neurons)):
             key: Key = (layer, module)  # type: ignore[assignment]

@@ -61,12 +61,11 @@ def run(
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
     from flapcli.pipeline.apply import ApplyOptions
-    from flapcli.pipeline.common import several_processes
+    from flapcli.pipeline.common import refuse_several_processes
     from flapcli.presets import preset_of
     from flapcli.target import target_of
 
-    if several_processes():
-        raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
+    refuse_several_processes()
     chosen = preset_of(preset, method)
     fitted, with_bias, in_turn = chosen.compensation(compensate, bias, sequential)
     ApplyOptions(fitted, ridge, sequential=in_turn).check()

@@ -2,7 +2,7 @@
 
 from flapcli import options as o
 from flapcli.command import RUN, bars, command, tell
-from flapcli.errors import FlapError, UsageError
+from flapcli.errors import FlapError
 
 
 @command
@@ -62,15 +62,14 @@ def sweep(
     from flapcli.choose import check, resolve
     from flapcli.evaluate.suite import expand
     from flapcli.pipeline.apply import ApplyOptions
-    from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, several_processes
+    from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, refuse_several_processes
     from flapcli.pipeline.evaluate import EvalOptions
     from flapcli.pipeline.sweep import SweepOptions, run_sweep
     from flapcli.presets import preset_of
     from flapcli.report.sweep import save_sweep_picture
     from flapcli.rundir import RunDir
 
-    if several_processes():
-        raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
+    refuse_several_processes()
     wanted = o.ratios(ratios)
     chosen = preset_of(preset, method)
     metric, structure = metric or chosen.metric, structure or chosen.structure

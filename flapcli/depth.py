@@ -34,7 +34,7 @@ def drop_layers(stats: Stats, ratio: float) -> Kept:
             f"{stats.path} is of an older flap and lacks block influence, which --method depth needs: "
             "run `flap calibrate --force`"
         )
-    weights = [sum(shape.units(i, m) * shape.unit_parameters(m) for m in MODULES) for i in range(shape.num_layers)]
+    weights = [shape.prunable_layer(layer) for layer in range(shape.num_layers)]
     order = np.argsort([influence.layer for influence in stats.influences], kind="stable")
     order = order[np.array(weights)[order] > 0]
     gone = np.cumsum([weights[layer] for layer in order], dtype=np.int64)

@@ -93,3 +93,7 @@ class ModelShape(BaseModel):
     def prunable(self, module: Module) -> int:
         """Weights of all units of this kind of module in the whole model."""
         return self.unit_parameters(module) * sum(self.units(i, module) for i in range(self.num_layers))
+
+    def prunable_layer(self, layer: int) -> int:
+        """Weights of all units of both modules of a layer."""
+        return sum(self.units(layer, module) * self.unit_parameters(module) for module in MODULES)

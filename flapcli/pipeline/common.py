@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from flapcli import __version__
 from flapcli.checkpoint import DEMO
+from flapcli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def versions() -> dict[str, str]:
 def several_processes() -> bool:
     """Whether torchrun (or a like launcher) started this process as one of several."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def refuse_several_processes() -> None:
+    """Raise UsageError under torchrun, for commands whose stages would all run once for each process."""
+    if several_processes():
+        raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
 
 
 def is_writer() -> bool:
