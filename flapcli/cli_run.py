@@ -87,7 +87,7 @@ def run(
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent,
                 "target_params": target_params, "target_size": target_size,
-                "dtype": counted, "target_biases": biases if target and compensate else None}),
+                "dtype": counted, "target_biases": biases if target and fitted else None}),
         (apply, preset_ | {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
                  "remote_code": remote_code, "max_shard_size": max_shard_size, "dtype": store_dtype,
                  "sequential": sequential, "batch_size": batch_size, "device": device} | hub),

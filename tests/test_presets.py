@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from flapcli.checkpoint import open_checkpoint
 from flapcli.mixture import Mixture
 from flapcli.plan import load_plan
 from flapcli.presets import PRESETS, preset_of
@@ -104,3 +105,24 @@ def test_refused(tiny, text_file, flap, tmp_path):
     flap("calibrate", tiny("llama-gqa"), "-d", run, "--dataset", text_file, "--nsamples", 8, "--seqlen", 16)
     assert "flap calibrate --fisher" in flap("plan", "-d", run, "--preset", "best", code=1).stderr
     assert preset_of("paper", "mag-sp") == PRESETS["paper"]
+
+
+def test_a_target_counts_biases_that_are_given_beside_the_preset(tiny, text_file, flap, tmp_path):
+    """--bias beside best: apply adds them, so the plan must have counted them."""
+    options = [
+        "--preset",
+        "best",
+        "--bias",
+        "--no-sequential",
+        "--dataset",
+        text_file,
+        "--nsamples",
+        16,
+        "--seqlen",
+        16,
+    ]
+    model = tiny("llama-gqa")
+    limit = int(open_checkpoint(str(model)).shape.parameters * 0.9)
+    flap("run", model, "-d", tmp_path, *options, "--target-params", limit, "--perplexity", text_file, "--no-baseline")
+    assert load_plan(tmp_path / "plan.yaml").settings["target_biases"] is True
+    assert open_checkpoint(str(tmp_path / "pruned")).shape.parameters <= limit
