@@ -49,6 +49,11 @@ def check_exponent(metric: str, attention_exponent: float | None) -> None:
         )
 
 
+def needed(metric: str | None, compensate: str | None, gram: bool, fisher: bool) -> tuple[bool, bool]:
+    """--gram and --fisher of calibrate: as asked for, and where the metric or the compensation reads them."""
+    return gram or compensate == "lstsq" or metric == "FISHER-OBS", fisher or metric in UNIT_METRICS
+
+
 def choose(
     stats: Stats,
     reference: StatsRef,

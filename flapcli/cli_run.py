@@ -60,6 +60,7 @@ def run(
     debug: o.Debug = False,
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
+    from flapcli.choose import needed
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import refuse_several_processes
     from flapcli.presets import preset_of
@@ -74,14 +75,14 @@ def run(
     if target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {target.option}")
     biases = fitted == "bias" or (fitted == "lstsq" and with_bias)
-    gram = gram or fitted == "lstsq"
+    gram, fisher = needed(metric or chosen.metric, fitted, gram, fisher)
     shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
     preset_: dict[str, Any] = {"preset": preset}
     hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     where = {"batch_size": batch_size, "device": device, "seqlen": seqlen, "text_column": text_column}
     stages: list[tuple[Callable[..., None], dict[str, Any]]] = [
         (calibrate, {"model": model, "dataset": dataset, "nsamples": nsamples, "seed": seed, "dtype": dtype,
-                     "gram": gram, "gram_dtype": gram_dtype, "fisher": fisher or metric == "FISHER", "stream": stream}
+                     "gram": gram, "gram_dtype": gram_dtype, "fisher": fisher, "stream": stream}
          | preset_ | where | hub),
         (plan, preset_ | {"ratio": ratio, "method": method, "metric": metric, "structure": structure,
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,

@@ -59,7 +59,7 @@ def sweep(
     """
     from flapcli.allocate import Request
     from flapcli.checkpoint import Hub
-    from flapcli.choose import check, resolve
+    from flapcli.choose import check, needed, resolve
     from flapcli.evaluate.suite import expand
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, refuse_several_processes
@@ -80,7 +80,7 @@ def sweep(
         resolve(method, metric, structure)[1], wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty
     )
     check(request)
-    gram, fisher = gram or compensate == "lstsq", fisher or metric == "FISHER"
+    gram, fisher = needed(metric, compensate, gram, fisher)
     text, nsamples = chosen.text(dataset, default_text(model), nsamples)
     options = SweepOptions(
         wanted, method, metric, structure, attention_exponent, request,

@@ -61,7 +61,7 @@ def least_squares(
     solution = torch.zeros(len(kept), len(w), dtype=torch.float64)
     if len(kept) and len(pruned):
         target = covariance[kept][:, pruned] @ w[:, pruned].T
-        solution = torch.cholesky_solve(target, _factor(covariance[kept][:, kept], ridge))
+        solution = torch.cholesky_solve(target, factor(covariance[kept][:, kept], ridge))
     moved = w[:, kept] + solution.T
     bias = w[:, pruned] @ mu[pruned] - solution.T @ mu[kept] if with_bias else None
     return Fit(moved, bias, *lost(weight, kept, pruned, mean, gram, moved, bias))
@@ -114,18 +114,18 @@ def refined(
         gram, cross = gram - torch.outer(means.x, means.x), cross - torch.outer(means.x, means.r)
     change = torch.zeros_like(start, dtype=torch.float64)
     if len(means.x):
-        change = torch.cholesky_solve(cross, _factor(gram, ridge)).T
+        change = torch.cholesky_solve(cross, factor(gram, ridge)).T
     return start.double() + change, means.r - change @ means.x if with_bias else None
 
 
-def _factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+def factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Cholesky factor of matrix + lambda I, lambda = ridge * mean of the diagonal, raised until it exists."""
     scale = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    identity = torch.eye(len(matrix), dtype=matrix.dtype)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     for _ in range(20):
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
+        cholesky, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
         if not failed:
-            return factor
+            return cholesky
         ridge = max(ridge * 10, 1e-12)
     raise ValueError("the Gram matrix is not finite")
 

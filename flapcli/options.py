@@ -10,7 +10,7 @@ from flapcli.errors import UsageError
 
 PresetName = Literal["paper", "best"]
 Method = Literal["flap", "wanda-sp", "mag-sp", "depth"]
-Metric = Literal["IFV", "WIFV", "WIFN", "FISHER"]
+Metric = Literal["IFV", "WIFV", "WIFN", "FISHER", "FISHER-OBS"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -77,7 +77,7 @@ GramDtypeOption = Annotated[
 Fisher = Annotated[
     bool,
     typer.Option("--fisher/--no-fisher", help="Keep units' Fisher information too (a backward pass; for plan's "
-                 "--metric FISHER)."),
+                 "--metric FISHER, and with --gram FISHER-OBS)."),
 ]  # fmt: skip
 Stream = Annotated[
     bool | None,
@@ -108,7 +108,8 @@ MethodOption = Annotated[
 ]  # fmt: skip
 MetricOption = Annotated[
     Metric | None,
-    typer.Option(help="Score of a channel, or FISHER: of a unit, by what the loss feels of it (needs `calibrate "
+    typer.Option(help="Score of a channel, or of a unit by what the loss feels of it: FISHER (needs `calibrate "
+                 "--fisher`), or FISHER-OBS: once the units that stay stand in for it (needs `calibrate --gram "
                  "--fisher`) [default: WIFV]."),
 ]  # fmt: skip
 StructureOption = Annotated[

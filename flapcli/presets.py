@@ -17,7 +17,7 @@ class Preset:
     `own_text`: windows of text that the model writes itself, for each window asked for, beside these.
     """
 
-    metric: Literal["FISHER"] | None = None
+    metric: Literal["FISHER-OBS"] | None = None
     structure: Literal["AL-AM"] | None = None
     compensate: Compensate | None = None
     bias: bool = True
@@ -55,7 +55,7 @@ class Preset:
 PRESETS = {
     "paper": Preset(),
     # What won in the trials that README tells of; tests/benchmarks/quality.py holds it against the others.
-    "best": Preset("FISHER", "AL-AM", "lstsq", bias=False, sequential=True, gram=True, fisher=True, own_text=0.375),
+    "best": Preset("FISHER-OBS", "AL-AM", "lstsq", bias=False, sequential=True, gram=True, fisher=True, own_text=0.375),
 }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flapcli.elimination import eliminator
 from flapcli.fisher import loss_gradient
 from flapcli.hidden import HiddenStates
 from flapcli.layers import Layers, states_of
@@ -22,7 +23,10 @@ class Reverse(Walk):
     gradient: HiddenStates
 
     def run(self, advance: Advance) -> None:
-        """Append all layers' Fisher information to the statistics, last layer first. Not in inference mode."""
+        """Append all layers' Fisher information, with Gram matrices their elimination, last layer first.
+
+        Not in inference mode.
+        """
         count, start = self.checkpoint.shape.num_layers, self._start()
         if self.writer:
             self.writer.rewind(2 * count - (count if start is None else start))
@@ -42,7 +46,7 @@ class Reverse(Walk):
                 self.gradient.save(index)
             found = fisher(self.recorder, index, self.ranks)
             if self.writer:
-                self.writer.write_fisher(index, found)
+                self.writer.write_fisher(index, found, eliminator(self.checkpoint))
             self.ranks.agree(index)  # from here on no rank can need what this layer was run on again
             self.hidden.forget(index)
             self.gradient.forget(index + 1)

@@ -97,7 +97,7 @@ class StreamWriter:
 
     The file is flushed to disk on a clean exit; after an exception it is left for the caller's
     scratch folder to discard. With `resume`, goes on after the tensors that are whole in a file that was
-    begun with the same announcement; `written` says how many those are.
+    begun with the same announcement; `written` says how many those are. `offsets` are as in `Header`.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str], resume: bool = False) -> None:
@@ -111,6 +111,7 @@ class StreamWriter:
         raw += b" " * (-len(raw) % 8)
         start = struct.pack("<Q", len(raw)) + raw
         self._specs, self._ends = specs, [len(start) + end for end in ends]
+        self.path, self.offsets = path, {spec.name: end for spec, end in zip(specs, self._ends[:-1], strict=True)}
         self.written = self._whole(path, start) if resume else 0
         self._file: BinaryIO = path.open("r+b" if self.written else "wb")
         if not self.written:

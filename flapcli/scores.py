@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flapcli.errors import FlapError
 from flapcli.shape import ModelShape, Module
-from flapcli.stats import ModuleStats, Stats
+from flapcli.stats import ModuleStats, Stats, Vector
 
 Scores = NDArray[np.float64]
 UnitScores = dict[tuple[int, Module], Scores]
@@ -58,13 +58,30 @@ def fisher(stats: Stats) -> UnitScores:
         raise FlapError(
             f"{stats.path} has no Fisher information, which --metric FISHER needs: run `flap calibrate --fisher`"
         )
+    return _per_parameter(stats, stats.fisher)
+
+
+def fisher_obs(stats: Stats) -> UnitScores:
+    """S_u = E_u / parameters_u, E_u the loss that unit u goes at, with the others standing in for it (elimination.py).
+
+    Optimal Brain Surgeon (Hassibi and Stork 1993) within a projection, on FISHER's scale; otherwise as `fisher`.
+    Raises FlapError where calibration did not keep both Gram matrices and Fisher information.
+    """
+    if stats.elimination is None:
+        raise FlapError(
+            f"{stats.path} has no elimination, which --metric FISHER-OBS needs: run `flap calibrate --gram --fisher`"
+        )
+    return _per_parameter(stats, stats.elimination)
+
+
+def _per_parameter(stats: Stats, losses: dict[tuple[int, Module], Vector]) -> UnitScores:
     return {
         (layer, module): values.astype(np.float64) / stats.model.unit_parameters(module)
-        for (layer, module), values in stats.fisher.items()
+        for (layer, module), values in losses.items()
     }
 
 
-UNIT_METRICS: dict[str, Callable[[Stats], UnitScores]] = {"FISHER": fisher}
+UNIT_METRICS: dict[str, Callable[[Stats], UnitScores]] = {"FISHER": fisher, "FISHER-OBS": fisher_obs}
 
 
 def standardise(scores: Scores) -> Scores:

@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -21,6 +21,9 @@ from flapcli.shape import MODULES, ModelShape, Module
 FORMAT: Literal["flap-stats/1"] = "flap-stats/1"
 Vector = NDArray[np.float32]
 GramDtype = Literal["F32", "BF16"]
+# Of a layer's number, Gram matrices and Fisher information: at what loss each unit goes (elimination.py).
+Eliminate = Callable[[int, Mapping[Module, NDArray[np.float32]], Mapping[Module, Vector]], dict[Module, Vector]]
+UNIT_FIELDS = ("fisher", "elimination")
 GRAM_STORED = {"F32": "<f4", "BF16": "<u2"}
 
 
@@ -76,13 +79,15 @@ class Stats:
     """The artifact in memory; Gram matrices stay in the file and are read by `gram`.
 
     `influences` are the layers' in order, None in files that were written before flap kept them. `fisher` holds
-    the units' Fisher information (fisher.py), (units,) each, None where calibration was not asked for it.
+    the units' Fisher information (fisher.py), (units,) each, None where calibration was not asked for it, and
+    `elimination` the losses that they go at (elimination.py), where Gram matrices were asked for too.
     """
 
     header: StatsHeader
     modules: dict[tuple[int, Module], ModuleStats]
     influences: list[Influence] | None = None
     fisher: dict[tuple[int, Module], Vector] | None = None
+    elimination: dict[tuple[int, Module], Vector] | None = None
     path: Path | None = None
 
     @property
@@ -95,11 +100,7 @@ class Stats:
         header = self._file_header
         if self.path is None or header is None or name not in header.tensors:
             raise FlapError(f"{self.path} has no Gram matrices: run `flap calibrate --gram`")
-        spec = header.tensors[name]
-        stored = np.empty(spec.shape, GRAM_STORED[spec.dtype])
-        if stored.size:
-            read_into(self.path, header.offsets[name], stored.reshape(-1).view(np.uint8).data)
-        return stored if spec.dtype == "F32" else (stored.astype("<u4") << 16).view("<f4")
+        return _read_gram(self.path, header.tensors[name], header.offsets[name])
 
     @cached_property
     def _file_header(self) -> Header | None:
@@ -124,8 +125,9 @@ def _layer_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Ite
     yield from _module_tensors(shape, layer, gram)
 
 
-def _fisher_tensors(shape: ModelShape, layer: int) -> list[TensorSpec]:
-    return [TensorSpec(f"layers.{layer}.{module}.fisher", (shape.units(layer, module),), "F32") for module in MODULES]
+def _unit_tensors(shape: ModelShape, layer: int, field: str) -> list[TensorSpec]:
+    """A layer's `fisher` or `elimination`."""
+    return [TensorSpec(f"layers.{layer}.{module}.{field}", (shape.units(layer, module),), "F32") for module in MODULES]
 
 
 def _module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
@@ -141,15 +143,18 @@ class StatsWriter:
     """Writes a stats file layer by layer. With `resume`, goes on after the layers that are whole in the file.
 
     Where the header's settings ask for Fisher information, all layers are followed by theirs, last layer first,
-    which is how a backward pass finds it.
+    which is how a backward pass finds it; with Gram matrices, each layer's by what elimination makes of both.
     """
 
     def __init__(self, path: Path, header: StatsHeader, gram: GramDtype | None, resume: bool = False) -> None:
         shape = header.model
         parts = [list(_layer_tensors(shape, layer, gram)) for layer in range(shape.num_layers)]
         if header.settings.get("fisher"):
-            parts += [_fisher_tensors(shape, layer) for layer in reversed(range(shape.num_layers))]
-        self._parts = parts
+            fields = UNIT_FIELDS if gram else UNIT_FIELDS[:1]
+            for layer in reversed(range(shape.num_layers)):
+                parts.append([spec for field in fields for spec in _unit_tensors(shape, layer, field)])
+        self._parts, self._gram = parts, gram
+        self._specs = {spec.name: spec for specs in parts for spec in specs}
         self._ends = list(accumulate((len(specs) for specs in parts), initial=0))
         metadata = {"flap": header.model_dump_json()}
         self._writer = StreamWriter(path, chain.from_iterable(parts), metadata, resume)
@@ -182,11 +187,27 @@ class StatsWriter:
             self._writer.write(spec.name, little.reshape(-1).view(np.uint8).data)
         self._writer.sync()
 
-    def write_fisher(self, layer: int, fisher: Mapping[Module, Vector]) -> None:
-        """Append a layer's Fisher information and have it on disk. Raises ValueError out of order."""
-        for module in MODULES:
-            self._writer.write(f"layers.{layer}.{module}.fisher", fisher[module].astype("<f4").view(np.uint8).data)
+    def write_fisher(self, layer: int, fisher: Mapping[Module, Vector], eliminate: Eliminate | None) -> None:
+        """Append a layer's Fisher information, with Gram matrices its elimination too, and have it on disk.
+
+        `eliminate` sees the Gram matrices as their dtype in the file left them. Raises ValueError out of order.
+        """
+        fields = {"fisher": fisher}
+        if eliminate and self._gram:
+            fields["elimination"] = eliminate(layer, self._grams(layer), fisher)
+        for field, values in fields.items():
+            for module in MODULES:
+                name = f"layers.{layer}.{module}.{field}"
+                self._writer.write(name, values[module].astype("<f4").view(np.uint8).data)
         self._writer.sync()
+
+    def _grams(self, layer: int) -> dict[Module, NDArray[np.float32]]:
+        specs = {module: self._specs.get(f"layers.{layer}.{module}.gram") for module in MODULES}
+        return {
+            module: _read_gram(self._writer.path, spec, self._writer.offsets[spec.name])
+            for module, spec in specs.items()
+            if spec
+        }
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -194,6 +215,13 @@ class StatsWriter:
 
     def __exit__(self, *exception: Any) -> None:
         self._writer.__exit__(*exception)
+
+
+def _read_gram(path: Path, spec: TensorSpec, offset: int) -> NDArray[np.float32]:
+    stored = np.empty(spec.shape, GRAM_STORED[spec.dtype])
+    if stored.size:
+        read_into(path, offset, stored.reshape(-1).view(np.uint8).data)
+    return stored if spec.dtype == "F32" else (stored.astype("<u4") << 16).view("<f4")
 
 
 def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -213,8 +241,10 @@ def save_stats(
     grams: dict[tuple[int, Module], NDArray[np.float32]] | None = None,
     fisher: dict[tuple[int, Module], Vector] | None = None,
     gram_dtype: GramDtype = "F32",
+    eliminate: Eliminate | None = None,
 ) -> None:
-    """Write the artifact atomically; `fisher` is there where the header's settings ask for it.
+    """Write the artifact atomically; `fisher` is there where the header's settings ask for it, and with Gram
+    matrices `eliminate`, which makes of a layer's Gram matrices and Fisher information its elimination.
 
     Raises FlapError where the file system refuses.
     """
@@ -226,7 +256,7 @@ def save_stats(
             writer.write(layer, own, influences[layer], squares)
         if fisher:
             for layer in reversed(range(header.model.num_layers)):
-                writer.write_fisher(layer, {module: fisher[layer, module] for module in MODULES})
+                writer.write_fisher(layer, {module: fisher[layer, module] for module in MODULES}, eliminate)
 
 
 def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
@@ -235,9 +265,10 @@ def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
 
 
 def file_bytes(shape: ModelShape, gram: GramDtype | None) -> int:
-    """Bytes of all tensors of a stats file of this model, with Fisher information."""
+    """Bytes of all tensors of a stats file of this model, with Fisher information and elimination."""
     layers = range(shape.num_layers)
-    return sum(spec.nbytes for i in layers for spec in (*_layer_tensors(shape, i, gram), *_fisher_tensors(shape, i)))
+    units = [spec for i in layers for field in UNIT_FIELDS for spec in _unit_tensors(shape, i, field)]
+    return sum(spec.nbytes for spec in units) + sum(s.nbytes for i in layers for s in _layer_tensors(shape, i, gram))
 
 
 def load_header(path: Path) -> StatsHeader:
@@ -250,11 +281,10 @@ def load_stats(path: Path) -> Stats:
     header, specs = _header_and_specs(path)
     turned = [spec for layer in range(header.model.num_layers) for spec in _influence_tensors(layer)]
     turned = turned if any(spec.name in specs for spec in turned) else []  # older files hold none
-    asked = header.settings.get("fisher", False)  # as are those without the option
-    fisher = [
-        spec for layer in range(header.model.num_layers) if asked for spec in _fisher_tensors(header.model, layer)
-    ]
-    wanted = [*expected_tensors(header.model), *turned, *fisher]
+    fields = UNIT_FIELDS[: 1 + bool(header.settings.get("gram", False))] if header.settings.get("fisher") else ()
+    layers = range(header.model.num_layers)
+    units = [spec for field in fields for layer in layers for spec in _unit_tensors(header.model, layer, field)]
+    wanted = [*expected_tensors(header.model), *turned, *units]
     wrong = [
         f"{want.name}: expected {list(want.shape)} {want.dtype}, found {_describe(specs.get(want.name))}"
         for want in wanted
@@ -278,8 +308,8 @@ def load_stats(path: Path) -> Stats:
     }
     values = [float(tensors[spec.name][0]) for spec in turned]
     influences = [Influence(*values[i : i + 3]) for i in range(0, len(values), 3)]
-    information = {key: tensors[f"layers.{key[0]}.{key[1]}.fisher"] for key in modules} if fisher else None
-    return Stats(header, modules, influences or None, information, path)
+    per_unit = {field: {key: tensors[f"layers.{key[0]}.{key[1]}.{field}"] for key in modules} for field in fields}
+    return Stats(header, modules, influences or None, **per_unit, path=path)
 
 
 def _header_and_specs(path: Path) -> tuple[StatsHeader, dict[str, TensorSpec]]:

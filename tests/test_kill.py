@@ -50,7 +50,7 @@ def kill(folder: Path, arguments: list, artifact: str, setup: str = "", seed: in
     "mode",
     [
         "--stream", "--stream --activation-memory 1KB", "--stream --gram", "--no-stream", "--no-stream --gram",
-        "--stream --fisher", "--no-stream --fisher",
+        "--stream --fisher --gram", "--no-stream --fisher",
     ],
 )  # fmt: skip
 def test_calibrate_goes_on(mode, deep, text_file, tmp_path):

@@ -12,7 +12,7 @@ from flapcli.stats import load_header
 
 SPELLED = {
     "calibrate": "--gram --fisher --dataset {text}:16 --dataset self:6 --nsamples 22",
-    "plan": "--metric FISHER --structure AL-AM",
+    "plan": "--metric FISHER-OBS --structure AL-AM",
     "apply": "--compensate lstsq --no-bias --sequential",
 }
 
@@ -31,7 +31,7 @@ def test_best_is_what_it_stands_for(tiny, text_file, flap, tmp_path):
     stages(flap, model, text_file, spelled, {k: v.format(text=text_file) for k, v in SPELLED.items()})
     for name in ("stats.safetensors", "plan.yaml", "pruned/model-00001-of-00001.safetensors"):
         assert (best / name).read_bytes() == (spelled / name).read_bytes()
-    assert load_plan(best / "plan.yaml").metric == "FISHER"
+    assert load_plan(best / "plan.yaml").metric == "FISHER-OBS"
 
 
 def test_run_and_sweep_take_it(tiny, text_file, flap, tmp_path):
@@ -103,7 +103,7 @@ def test_refused(tiny, text_file, flap, tmp_path):
     refused = flap("plan", "-d", run, "--preset", "best", "--method", "mag-sp", code=2)
     assert "--preset best: --method mag-sp is a baseline" in refused.stderr
     flap("calibrate", tiny("llama-gqa"), "-d", run, "--dataset", text_file, "--nsamples", 8, "--seqlen", 16)
-    assert "flap calibrate --fisher" in flap("plan", "-d", run, "--preset", "best", code=1).stderr
+    assert "flap calibrate --gram --fisher" in flap("plan", "-d", run, "--preset", "best", code=1).stderr
     assert preset_of("paper", "mag-sp") == PRESETS["paper"]
 
 

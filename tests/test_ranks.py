@@ -103,13 +103,15 @@ def test_ranks_share_the_sampling_of_one_process(ranks, size, nsamples, tiny, fl
 @pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
 def test_ranks_give_the_fisher_information_of_one_process(ranks, mode, tiny, text_file, flap, tmp_path):
     model = tiny("qwen3")
-    flap(*calibrate(model, text_file, tmp_path / "alone"), mode, "--fisher")
-    done = ranks(2, *calibrate(model, text_file, tmp_path / "two"), mode, "--fisher")
+    flap(*calibrate(model, text_file, tmp_path / "alone"), mode, "--fisher", "--gram")
+    done = ranks(2, *calibrate(model, text_file, tmp_path / "two"), mode, "--fisher", "--gram")
     assert [code for code, _, _ in done] == [0, 0], done
     alone, two = (load_stats(tmp_path / run / "stats.safetensors") for run in ("alone", "two"))
     assert_close(two, alone)
     for key, values in alone.fisher.items():
         np.testing.assert_allclose(two.fisher[key], values, rtol=1e-4, atol=1e-6 * values.max())
+    for key, values in alone.elimination.items():
+        np.testing.assert_allclose(two.elimination[key], values, rtol=1e-3, atol=1e-5 * values.max())
 
 
 def test_torchrun(tiny, text_file, flap, tmp_path):

@@ -1,6 +1,7 @@
 """The part of `flap calibrate` that computes: where, in which of the two ways, and from which checkpoint on."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flapcli.calibrate import measure
 from flapcli.checkpoint import Checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.device import dtype_name, pick_device, pick_dtype
+from flapcli.elimination import eliminator
 from flapcli.loading import quiet_transformers
 from flapcli.memory import should_stream
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
@@ -153,9 +155,12 @@ class _Job:
             self.checkpoint, self.windows, self.device, self.dtype, self.compute.batch_size, self.gram is not None,
             self.progress, self.resume, self.ranks, self.scale.device_map, self.model, self.fisher,
         )  # fmt: skip
-        if self.ranks.rank == 0:
-            found = measured.modules, measured.influences, measured.grams, measured.fisher
-            save_stats(self.out, self.header, *found, self.gram or "F32")
+        if self.ranks.rank:
+            return
+        found = measured.modules, measured.influences, measured.grams, measured.fisher
+        layers = self.checkpoint.shape.num_layers if self.gram and self.fisher else 0
+        with self.progress.task("eliminate", layers, "layers") if layers else nullcontext(lambda _: None) as advance:
+            save_stats(self.out, self.header, *found, self.gram or "F32", eliminator(self.checkpoint, advance))
 
     def streamed(self) -> None:
         limit = parse_size(self.scale.activation_memory, "--activation-memory")

@@ -1,0 +1,98 @@
+"""Elimination: a module's units go one after the other, and those that stay stand in for them as well as they can.
+
+Optimal Brain Surgeon (Hassibi and Stork 1993) on whole units, for the output error of one projection W on the
+calibration text, in units of the loss. With G the mean of x xᵀ over the channels that are left plus lambda I,
+H = G^-1, and W' the weight as least squares has made it so far, the projection's mean squared output error rises by
+
+    e_u = tr(W'_u (H_uu)^-1 W'_uᵀ)
+
+when unit u goes and the rest is fitted anew, where it would rise by b_u = tr(W_u G_uu W_uᵀ) if u alone went from the
+dense model and nothing were fitted. The loss feels the latter as F_u, the unit's Fisher information (fisher.py), so
+
+    E_u = F_u e_u / b_u
+
+says what the loss feels of u's going next. The lowest goes, H and W' follow, and so on to the last unit.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flapcli.checkpoint.base import Checkpoint
+from flapcli.compensate import DEFAULT_RIDGE, factor
+from flapcli.progress import Advance
+from flapcli.shape import Module
+from flapcli.stats import Eliminate, Vector
+
+AT_ONCE = 0.02  # of a module's units go between two fits: one by one would take as many fits as there are units
+
+
+def eliminate(
+    weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, ridge: float = DEFAULT_RIDGE
+) -> torch.Tensor:
+    """E_u of every unit at its going, or that of a unit before it where that is higher; float64 (units,).
+
+    So the order of the values is the order of elimination, but for ties, and a threshold on them cuts every module
+    at the same loss. `weight` (out, channels), `gram` the mean of x xᵀ (channels, channels), `fisher` F_u (units,);
+    lambda is `ridge` times the mean of the Gram matrix's diagonal.
+    """
+    w, g, units = weight.double(), gram.double(), len(fisher)
+    scale = fisher.double() / _unit_errors(w, _blocks(g, units)).clamp_min(torch.finfo(torch.float64).tiny)
+    inverse, left = torch.cholesky_inverse(factor(g, ridge)), torch.arange(units)
+    levels, level = torch.zeros(units, dtype=torch.float64), 0.0
+    while len(left):
+        rises = scale[left] * _unit_errors(w, torch.linalg.inv(_blocks(inverse, len(left))))
+        order = rises.argsort(stable=True)[: max(1, int(AT_ONCE * units))]
+        levels[left[order]] = rises[order].clamp_min(level)
+        level = float(levels[left[order]].max())
+        w, inverse, left = _without(order, w, inverse, left)
+    return levels
+
+
+def eliminator(checkpoint: Checkpoint, advance: Advance = lambda _layers: None) -> Eliminate:
+    """`eliminate` for the modules of a layer of this checkpoint, float32 (units,) each; `advance` counts layers."""
+
+    def of_layer(
+        layer: int, grams: Mapping[Module, NDArray[np.float32]], fisher: Mapping[Module, Vector]
+    ) -> dict[Module, Vector]:
+        found: dict[Module, Vector] = {}
+        for module, information in fisher.items():
+            if module not in grams:  # a module without channels
+                found[module] = information
+                continue
+            weight = checkpoint.read(f"{checkpoint.family.output(layer, module)}.weight")
+            levels = eliminate(weight, torch.from_numpy(grams[module]), torch.from_numpy(information))
+            found[module] = levels.float().numpy()
+        advance(1)
+        return found
+
+    return of_layer
+
+
+def _blocks(matrix: torch.Tensor, units: int) -> torch.Tensor:
+    """The units' own blocks on the diagonal of a matrix of channels, (units, n, n) for n channels a unit."""
+    n = len(matrix) // units
+    return matrix.reshape(units, n, units, n).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _unit_errors(weight: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """tr(W_u M_u W_uᵀ) for every unit's columns of the weight and its matrix, (units,)."""
+    columns = weight.reshape(len(weight), len(matrices), -1).transpose(0, 1)
+    return ((columns @ matrices) * columns).sum((1, 2))
+
+
+def _without(
+    gone: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, left: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight, fitted anew, inverse and units once those at the places `gone` are left out."""
+    stays = torch.ones(len(left), dtype=torch.bool).index_fill_(0, gone, False)
+    channels = stays.repeat_interleave(len(inverse) // len(left))
+    across = inverse[channels][:, ~channels]
+    half = torch.linalg.solve(inverse[~channels][:, ~channels], across.T)
+    return (
+        weight[:, channels] - weight[:, ~channels] @ half,
+        inverse[channels][:, channels] - across @ half,
+        left[stays],
+    )
