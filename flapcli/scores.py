@@ -4,14 +4,14 @@ Metrics of channels are as METHOD.md writes them (An et al., AAAI 2024) and make
 rules; metrics of units are unit scores by themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flapcli.errors import FlapError
 from flapcli.shape import ModelShape, Module
-from flapcli.stats import ModuleStats, Stats, Vector
+from flapcli.stats import ModuleStats, Stats
 
 Scores = NDArray[np.float64]
 UnitScores = dict[tuple[int, Module], Scores]
@@ -62,19 +62,25 @@ def fisher(stats: Stats) -> UnitScores:
 
 
 def fisher_obs(stats: Stats) -> UnitScores:
-    """S_u = E_u / parameters_u, E_u the loss that unit u goes at, with the others standing in for it (elimination.py).
+    """S_u = sqrt(F_u E_u) / parameters_u, E_u the loss that u goes at with the others standing in for it.
 
-    Optimal Brain Surgeon (Hassibi and Stork 1993) within a projection, on FISHER's scale; otherwise as `fisher`.
+    Optimal Brain Surgeon (Hassibi and Stork 1993) within a projection, on FISHER's scale (elimination.py). Between
+    F_u, with no one standing in, and E_u, which trusts that they do so on all text as on the calibration text;
+    README has what either alone gave.
     Raises FlapError where calibration did not keep both Gram matrices and Fisher information.
     """
-    if stats.elimination is None:
+    if stats.fisher is None or stats.elimination is None:
         raise FlapError(
             f"{stats.path} has no elimination, which --metric FISHER-OBS needs: run `flap calibrate --gram --fisher`"
         )
-    return _per_parameter(stats, stats.elimination)
+    means = {
+        key: np.sqrt(values.astype(np.float64) * stats.elimination[key].astype(np.float64))
+        for key, values in stats.fisher.items()
+    }
+    return _per_parameter(stats, means)
 
 
-def _per_parameter(stats: Stats, losses: dict[tuple[int, Module], Vector]) -> UnitScores:
+def _per_parameter(stats: Stats, losses: Mapping[tuple[int, Module], NDArray[np.floating]]) -> UnitScores:
     return {
         (layer, module): values.astype(np.float64) / stats.model.unit_parameters(module)
         for (layer, module), values in losses.items()

@@ -1,5 +1,7 @@
 """Elimination equals removing units one by one with the least squares of METHOD.md, and plans go by it."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -159,7 +161,7 @@ def test_plan_takes_the_lowest_per_parameter(tiny, flap, text_file, tmp_path):
     flap(*plan, "--ratio", 0.4)
     made = load_plan(tmp_path / "plan.yaml")
     scores = {
-        (i, m, u): value / stats.model.unit_parameters(m)
+        (i, m, u): math.sqrt(stats.fisher[i, m][u] * value) / stats.model.unit_parameters(m)
         for (i, m), values in stats.elimination.items()
         for u, value in enumerate(values)
     }

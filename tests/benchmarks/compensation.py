@@ -32,13 +32,7 @@ KINDS = ("none", "bias", "lstsq", "lstsq --no-bias")
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model, run = expand_to_mha(Path(scratch) / "mha"), Path(scratch) / "run"
-        flap(
-            "calibrate",
-            str(model),
-            "-d",
-            str(run),
-            *["--dataset", "pydoc", "--nsamples", "128", "--dtype", "float32", "--gram"],
-        )
+        flap("calibrate", str(model), "-d", str(run), *CALIBRATION)
         print("ratio exponent  " + "".join(f"{kind:>16} {'METHOD':>9}" for kind in KINDS))
         for (ratio, exponent), expected in ROWS.items():
             flap("plan", "-d", str(run), "--ratio", str(ratio), "--attention-exponent", str(exponent))

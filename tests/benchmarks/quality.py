@@ -34,6 +34,7 @@ METHODS = {
     "depth": ("--gram", "--method depth", ""),
     "paper": ("--gram", "", "--compensate bias"),
     "lstsq": ("--gram", "", "--compensate lstsq"),
+    "no-bias": ("--gram", "", "--compensate lstsq --no-bias"),
     "best": ("--preset best", "--preset best", "--preset best"),
 }
 AUTHORS = {"0.2": 34.11, "0.3": 54.58, "0.5": 212.4}  # the authors' code, mha, 128 windows, float32 (METHOD.md)
