@@ -145,6 +145,8 @@ def test_unknown_names_are_refused_before_any_model(flap, tmp_path, task_files):
     assert "local_choice" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert "--tasks" in flap("eval", tmp_path / "no-model", "--tasks", " ,", "-d", tmp_path, code=2).stderr
+    for command in ("eval", "sweep"):
+        assert "--tasks" in flap(command, tmp_path / "no-model", "--tasks", "", "-d", tmp_path, code=2).stderr
     missing = flap("eval", "-d", tmp_path, "--tasks", "boolq", "--include-path", tmp_path / "nowhere", code=2)
     assert "--include-path" in missing.stderr
 
