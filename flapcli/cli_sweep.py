@@ -86,8 +86,8 @@ def sweep(
         wanted, method, metric, structure, attention_exponent, request,
         applied,
         EvalOptions(
-            tuple(perplexity or ()), seqlen, eval_dtype, baseline, text_column, expand(tasks) if tasks is not None else (),
-            str(include_path) if include_path else None, limit,
+            tuple(perplexity or ()), seqlen, eval_dtype, baseline, text_column,
+            expand(tasks) if tasks is not None else (), str(include_path) if include_path else None, limit,
         ),
         keep,
     )  # fmt: skip

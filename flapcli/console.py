@@ -15,6 +15,7 @@ from flapcli.evaluate.report import EvalReport
 from flapcli.evaluate.table import cost_rows, models_of, quality_rows, speed_lines
 from flapcli.plan import Plan, format_ranges
 from flapcli.progress import Advance
+from flapcli.selftext import SelfText
 from flapcli.shape import MODULES
 from flapcli.stats import StatsHeader
 from flapcli.sweep import Sweep
@@ -87,6 +88,21 @@ def show_stats(header: StatsHeader) -> None:
     windows = f"{run.nsamples} windows of {run.seqlen}, {run.tokens:,} tokens, seed {run.seed}"
     table.add_row("text", f"{run.dataset}: {windows}")
     table.add_row("ran in", run.dtype + (f", {run.mode}" if run.mode else ""))
+    asked = header.settings
+    beside = [f"Gram matrices ({asked.get('gram_dtype', 'float32')})"] if asked.get("gram") else []
+    beside += ["Fisher information"] if asked.get("fisher") else []
+    if beside:
+        table.add_row("beside moments", ", ".join(beside))
+    out.print(table)
+
+
+def show_selftext(made: SelfText) -> None:
+    """What the model wrote, a window a row."""
+    table = Table(title=f"text that {made.model} wrote, seed {made.seed}", title_justify="left")
+    table.add_column("window", justify="right")
+    table.add_column(f"{made.seqlen} tokens")
+    for index, window in enumerate(made.windows):
+        table.add_row(str(index), Text(" ".join(window.text.split())))
     out.print(table)
 
 

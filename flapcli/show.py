@@ -8,6 +8,8 @@ from flapcli.errors import FlapError
 from flapcli.evaluate.report import load_report
 from flapcli.plan import load_plan
 from flapcli.rundir import RunDir
+from flapcli.selftext import FORMAT as SELF_FORMAT
+from flapcli.selftext import load_selftext
 from flapcli.stats import load_header
 from flapcli.sweep import FORMAT as SWEEP_FORMAT
 from flapcli.sweep import load_sweep
@@ -41,10 +43,13 @@ def _file(path: Path) -> Found:
     if path.suffix in (".yaml", ".yml"):
         plan = load_plan(path)
         return "plan", plan.model_dump(exclude_none=True), ("show_plan", plan)
-    if path.suffix == ".json" and SWEEP_FORMAT in path.read_text(encoding="utf-8", errors="replace")[:100]:
-        sweep = load_sweep(path)
-        return "sweep", sweep.model_dump(), ("show_sweep", sweep)
     if path.suffix == ".json":
+        start = path.read_text(encoding="utf-8", errors="replace")[:100]
+        if SWEEP_FORMAT in start:
+            sweep = load_sweep(path)
+            return "sweep", sweep.model_dump(), ("show_sweep", sweep)
+        if SELF_FORMAT in start and (written := load_selftext(path)):
+            return "self", written.model_dump(), ("show_selftext", written)
         report = load_report(path)
         return "eval", report.model_dump(), ("show_report", report)
     raise FlapError(f"{path}: flap writes .safetensors, .yaml and .json files and checkpoint folders")

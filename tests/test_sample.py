@@ -106,6 +106,15 @@ def calibrate(tiny, flap, tmp_path):
     return call
 
 
+def test_show_prints_it(calibrate, flap, tmp_path):
+    calibrate("one", "--gram", "--fisher")
+    shown = flap("show", tmp_path / "one" / "self.json").stdout
+    assert "text that" in shown and "24 tokens" in shown
+    data = json.loads(flap("show", tmp_path / "one" / "self.json", "--json").stdout)
+    assert data == {"self": json.loads((tmp_path / "one" / "self.json").read_text())}
+    assert "Gram matrices (float32), Fisher information" in flap("show", tmp_path / "one").stdout
+
+
 def test_the_text_is_an_artifact(calibrate, tiny, tmp_path):
     said = calibrate("one").stderr
     assert "self.json: written" in said
