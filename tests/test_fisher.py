@@ -245,14 +245,20 @@ def test_device_map(tiny, flap, text_file, tmp_path):
         np.testing.assert_allclose(spread.fisher[key], values, rtol=1e-5)
 
 
-def test_pruned_checkpoints_with_emptied_modules(tiny, prune, flap, text_file, tmp_path):
-    run = prune(tiny("llama-gqa"), tmp_path / "run", "--ratio 0.3")
+def without_attention_in_layer_1(model, prune, flap, run):
+    """A pruned checkpoint in which a module has no unit left."""
+    prune(model, run, "--ratio 0.3")
     plan = (run / "plan.yaml").read_text().splitlines()
     row = next(i for i, line in enumerate(plan) if line.strip() == "- index: 1")
     plan[row + 1] = plan[row + 1].partition("keep:")[0] + 'keep: ""}'
     (run / "plan.yaml").write_text("\n".join(plan))
     flap("apply", "-d", run)
-    stats = calibrated(flap, run / "pruned", text_file, tmp_path / "again")
+    return run / "pruned"
+
+
+def test_pruned_checkpoints_with_emptied_modules(tiny, prune, flap, text_file, tmp_path):
+    pruned = without_attention_in_layer_1(tiny("llama-gqa"), prune, flap, tmp_path / "run")
+    stats = calibrated(flap, pruned, text_file, tmp_path / "again")
     assert stats.fisher[1, "attention"].shape == (0,)
     assert all(len(stats.fisher[i, m]) == stats.model.units(i, m) for i in range(3) for m in MODULES)
 
