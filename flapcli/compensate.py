@@ -120,10 +120,10 @@ def refined(
 
 def factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Cholesky factor of matrix + lambda I, lambda = ridge * mean of the diagonal, raised until it exists."""
-    scale = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    padded, scale = matrix.clone(), matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for _ in range(20):
-        cholesky, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
+        padded.diagonal().copy_(matrix.diagonal() + ridge * scale)
+        cholesky, failed = torch.linalg.cholesky_ex(padded)
         if not failed:
             return cholesky
         ridge = max(ridge * 10, 1e-12)

@@ -38,9 +38,9 @@ def eliminate(
     at the same loss. `weight` (out, channels), `gram` the mean of x xᵀ (channels, channels), `fisher` F_u (units,);
     lambda is `ridge` times the mean of the Gram matrix's diagonal.
     """
-    w, g, units = weight.double(), gram.double(), len(fisher)
-    scale = fisher.double() / _unit_errors(w, _blocks(g, units)).clamp_min(torch.finfo(torch.float64).tiny)
-    inverse, left = torch.cholesky_inverse(factor(g, ridge)), torch.arange(units)
+    w, units, left = weight.double(), len(fisher), torch.arange(len(fisher))
+    alone = _unit_errors(w, _blocks(gram, units).double()).clamp_min(torch.finfo(torch.float64).tiny)
+    scale, inverse = fisher.double() / alone, torch.cholesky_inverse(factor(gram.double(), ridge))
     levels, level = torch.zeros(units, dtype=torch.float64), 0.0
     while len(left):
         rises = scale[left] * _unit_errors(w, torch.linalg.inv(_blocks(inverse, len(left))))
@@ -91,8 +91,6 @@ def _without(
     channels = stays.repeat_interleave(len(inverse) // len(left))
     across = inverse[channels][:, ~channels]
     half = torch.linalg.solve(inverse[~channels][:, ~channels], across.T)
-    return (
-        weight[:, channels] - weight[:, ~channels] @ half,
-        inverse[channels][:, channels] - across @ half,
-        left[stays],
-    )
+    fitted = weight[:, channels].addmm_(weight[:, ~channels], half, alpha=-1)
+    places = torch.nonzero(channels)  # in one step: two copies of a large matrix more would be its peak
+    return fitted, inverse[places, places.T].addmm_(across, half, alpha=-1), left[stays]
