@@ -4,7 +4,6 @@ Each test runs on uneven layers, and on a model with a layer without heads and o
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from edits import edit_keep
 from models import CONFIGS, SIZES, make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
@@ -24,11 +24,7 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 def folder(request, tiny, prune, flap, tmp_path_factory) -> Path:
     run = prune(tiny("llama-gqa"), tmp_path_factory.mktemp("run") / request.param, "--ratio 0.3")
     if request.param == "emptied":
-        text = (run / "plan.yaml").read_text().splitlines()
-        for layer, below in (("- index: 0", 1), ("- index: 1", 2)):
-            place = next(i for i, line in enumerate(text) if line.strip() == layer) + below
-            text[place] = re.sub('keep: ".*?"', 'keep: ""', text[place])
-        (run / "plan.yaml").write_text("\n".join(text))
+        edit_keep(run, (0, "attention"), (1, "mlp"))
         flap("apply", "-d", run)
     return run / "pruned"
 

@@ -1,12 +1,12 @@
 """Slicing, compensation and reloading, shown by equal logits."""
 
 import json
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from edits import edit_keep
 from models import CONFIGS, load_dense, make_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -131,13 +131,7 @@ def test_pruning_nothing_reproduces_the_dense_model(any_tiny, prune, tmp_path):
 def test_emptied_modules(kind, compensate, tiny, prune, flap, tmp_path):
     """Layers without heads (the first among them, whose cache counts the tokens) and without neurons."""
     run = prune(tiny(kind), tmp_path / "run", "--ratio 0")
-    text = (run / "plan.yaml").read_text().splitlines()
-    for i, line in enumerate(text):
-        if line.strip() in ("- index: 0", "- index: 2"):
-            text[i + 1] = re.sub('keep: ".*?"', 'keep: ""', text[i + 1])
-        if line.strip() == "- index: 1":
-            text[i + 2] = re.sub('keep: ".*?"', 'keep: ""', text[i + 2])
-    (run / "plan.yaml").write_text("\n".join(text))
+    edit_keep(run, (0, "attention"), (1, "mlp"), (2, "attention"))
     heads = load_plan(run / "plan.yaml").layers[1].attention.of
     assert load_plan(run / "plan.yaml").counts("attention") == [0, heads, 0]
     flap("apply", "-d", run, "--compensate", compensate)

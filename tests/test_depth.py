@@ -1,11 +1,12 @@
 """Block influence, plans that drop whole layers, and the stock checkpoints of fewer layers that they make."""
 
+import itertools
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
+from edits import edit_keep
 from models import CONFIGS, GQA, SIZES, load_dense, load_tokenizer, make_tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -48,16 +49,9 @@ def cosine(one, two):
     return torch.nn.functional.cosine_similarity(one.double(), two.double(), dim=-1).mean().item()
 
 
-def drop(run, *gone, module=("attention", "mlp")):
-    """Edits the plan so that layers `gone` keep nothing in the modules."""
-    path = run / "plan.yaml"
-    lines = path.read_text().splitlines()
-    for layer in gone:
-        row = next(i for i, line in enumerate(lines) if line.strip() == f"- index: {layer}")
-        for place in (row + 1, row + 2):
-            if lines[place].strip().startswith(module):
-                lines[place] = re.sub('keep: ".*?"', 'keep: ""', lines[place])
-    path.write_text("\n".join(lines))
+def drop(run, *gone):
+    """Edits the plan so that layers `gone` keep nothing."""
+    edit_keep(run, *itertools.product(gone, MODULES))
 
 
 def skipping(folder, *gone):

@@ -1,12 +1,12 @@
 """Exported GGUF files in a stock llama.cpp: the same logits, the same tokens, the same perplexity as in torch."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from edits import edit_keep
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from models import CONFIGS, GQA, SIZES, make_tiny
 from tokenizers import pre_tokenizers
@@ -71,8 +71,9 @@ def test_llamacpp_computes_what_torch_computes(kind, tiny, prune, flap, tmp_path
 def test_dropped_layers(kind, tiny, prune, flap, tmp_path):
     """A stock folder of two layers, and one of two uneven ones, of which one has no heads."""
     run = prune(tiny(kind), tmp_path / "run", "--ratio 0")
-    for name, emptied in (("even", {"- index: 0": [1, 2]}), ("uneven", {"- index: 0": [1, 2], "- index: 1": [1]})):
-        empty_modules(run, emptied)
+    whole = [(0, "attention"), (0, "mlp")]
+    for name, emptied in (("even", whole), ("uneven", [*whole, (1, "attention")])):
+        edit_keep(run, *emptied)
         flap("apply", "-d", run, "--compensate", "none")
         flap("export", "gguf", "-d", run, "--outtype", "f32", "-o", run / f"{name}.gguf")
         assert (run / "pruned" / "modeling_flap.py").exists() == (name == "uneven")
@@ -80,20 +81,11 @@ def test_dropped_layers(kind, tiny, prune, flap, tmp_path):
         assert_same_function(run / f"{name}.gguf", run / "pruned")
 
 
-def empty_modules(run, emptied):
-    """Edits the plan: below each line, the modules so many lines below it keep nothing."""
-    text = (run / "plan.yaml").read_text().splitlines()
-    for i, line in enumerate(text):
-        for below in emptied.get(line.strip(), []):
-            text[i + below] = re.sub('keep: ".*?"', 'keep: ""', text[i + below])
-    (run / "plan.yaml").write_text("\n".join(text))
-
-
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_emptied_modules(kind, tiny, prune, flap, tmp_path):
     """A layer without heads, one without neurons, one without either: what is left of them is a bias."""
     run = prune(tiny(kind), tmp_path / "run", "--ratio 0")
-    empty_modules(run, {"- index: 0": [1], "- index: 1": [2], "- index: 2": [1, 2]})
+    edit_keep(run, (0, "attention"), (1, "mlp"), (2, "attention"), (2, "mlp"))
     flap("apply", "-d", run)
     flap("export", "gguf", "-d", run, "--outtype", "f32")
     assert open_checkpoint(str(run / "pruned")).shape.layers[2] == LayerShape(0, 0, 0)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from edits import edit_keep
 from models import load_dense
 from test_calibrate import CPU, windows_of
 from test_streamed import assert_same
@@ -248,10 +249,7 @@ def test_device_map(tiny, flap, text_file, tmp_path):
 def without_attention_in_layer_1(model, prune, flap, run):
     """A pruned checkpoint in which a module has no unit left."""
     prune(model, run, "--ratio 0.3")
-    plan = (run / "plan.yaml").read_text().splitlines()
-    row = next(i for i, line in enumerate(plan) if line.strip() == "- index: 1")
-    plan[row + 1] = plan[row + 1].partition("keep:")[0] + 'keep: ""}'
-    (run / "plan.yaml").write_text("\n".join(plan))
+    edit_keep(run, (1, "attention"))
     flap("apply", "-d", run)
     return run / "pruned"
 

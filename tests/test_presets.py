@@ -109,18 +109,7 @@ def test_refused(tiny, text_file, flap, tmp_path):
 
 def test_a_target_counts_biases_that_are_given_beside_the_preset(tiny, text_file, flap, tmp_path):
     """--bias beside best: apply adds them, so the plan must have counted them."""
-    options = [
-        "--preset",
-        "best",
-        "--bias",
-        "--no-sequential",
-        "--dataset",
-        text_file,
-        "--nsamples",
-        16,
-        "--seqlen",
-        16,
-    ]
+    options = f"--preset best --bias --no-sequential --dataset {text_file} --nsamples 16 --seqlen 16".split()
     model = tiny("llama-gqa")
     limit = int(open_checkpoint(str(model)).shape.parameters * 0.9)
     flap("run", model, "-d", tmp_path, *options, "--target-params", limit, "--perplexity", text_file, "--no-baseline")

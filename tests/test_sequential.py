@@ -1,10 +1,10 @@
 """Sequential least squares, against an oracle that holds both models in memory and reads weights from the folder."""
 
 import json
-import re
 
 import pytest
 import torch
+from edits import edit_keep
 from models import CONFIGS, load_dense, load_tokenizer, make_tiny
 from test_apply import load_pruned
 from test_compensate import random_data
@@ -39,17 +39,6 @@ def calibrated(tiny, flap, text_file, tmp_path_factory):
 
 def windows_of(tiny, kind, text_file):
     return torch.from_numpy(calibration_windows(str(text_file), load_tokenizer(tiny(kind)), 12, 24, 0))
-
-
-def without(run, *places):
-    """Edit the plan: keep nothing in these (layer, module)."""
-    path = run / "plan.yaml"
-    lines = path.read_text().splitlines()
-    for layer, module in places:
-        at = next(i for i, line in enumerate(lines) if line.strip() == f"- index: {layer}")
-        row = at + 1 + MODULES.index(module)
-        lines[row] = re.sub('keep: ".*?"', 'keep: ""', lines[row])
-    path.write_text("\n".join(lines))
 
 
 def projection(layer, module):
@@ -135,7 +124,7 @@ def check_normal_equations(run, dense_model, ids, with_bias):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_normal_equations_hold_in_every_module(kind, bias, calibrated, tiny, flap, text_file):
     run = calibrated(kind)
-    without(run, (1, "attention"), (2, "mlp"))
+    edit_keep(run, (1, "attention"), (2, "mlp"))
     flap("apply", "-d", run, "--compensate", "lstsq", "--sequential", bias)
     check_normal_equations(run, load_dense(tiny(kind)), windows_of(tiny, kind, text_file), bias == "--bias")
 
@@ -144,7 +133,7 @@ def test_normal_equations_hold_in_every_module(kind, bias, calibrated, tiny, fla
 def test_layers_that_go_let_the_stream_pass(bias, calibrated, tiny, flap, text_file):
     """A whole layer emptied: without biases it leaves the checkpoint, with biases one of them acts."""
     run = calibrated("qwen3")
-    without(run, (1, "attention"), (1, "mlp"))
+    edit_keep(run, (1, "attention"), (1, "mlp"))
     flap("apply", "-d", run, "--compensate", "lstsq", "--sequential", bias)
     config = json.loads((run / "pruned" / "config.json").read_text())
     assert config["num_hidden_layers"] == (3 if bias == "--bias" else 2)
@@ -195,7 +184,7 @@ def weights(folder):
 
 def test_batch_sizes_and_masking_change_nothing(calibrated, flap, monkeypatch):
     run = calibrated("llama-biases")
-    without(run, (0, "mlp"))
+    edit_keep(run, (0, "mlp"))
     apply = ["apply", "-d", run, "--compensate", "lstsq", "--sequential"]
     flap(*apply)
     whole = weights(run / "pruned")
@@ -232,7 +221,7 @@ def test_what_is_written_is_what_later_modules_are_fitted_on(flap, text_file, tm
 def test_a_second_round(calibrated, flap, tiny, text_file, tmp_path):
     """Of a checkpoint whose module is gone already: its bias takes the mean error of what came before."""
     run = calibrated("llama-gqa")
-    without(run, (1, "attention"))
+    edit_keep(run, (1, "attention"))
     flap("apply", "-d", run, "--compensate", "lstsq", "--sequential")
     flap("calibrate", run / "pruned", "-d", tmp_path, "--dataset", text_file, *SMALL)
     flap("plan", "-d", tmp_path, "--ratio", 0.3)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from edits import edit_keep
 from models import CONFIGS, make_tiny
 from test_bin import to_bin
 
@@ -74,11 +75,8 @@ def test_gguf_streams(flap, text_file, tmp_path):
 def test_pruned_checkpoints_stream(kind, tiny, prune, flap, text_file, tmp_path):
     """Layers with sizes of their own, one of them emptied."""
     run = prune(tiny(kind), tmp_path / "run", "--ratio 0.3")
-    plan = (run / "plan.yaml").read_text().splitlines()
-    row = next(i for i, line in enumerate(plan) if line.strip() == "- index: 1")
-    for offset in (1, 2):
-        plan[row + offset] = plan[row + offset].partition("keep:")[0] + ('keep: ""}' if offset == 1 else 'keep: "0-3"}')
-    (run / "plan.yaml").write_text("\n".join(plan))
+    edit_keep(run, (1, "attention"))
+    edit_keep(run, (1, "mlp"), keep="0-3")
     flap("apply", "-d", run)
     memory, stream = both(flap, run / "pruned", text_file, tmp_path)
     assert stream.model.layers[1].num_key_value_heads == 0
