@@ -75,7 +75,7 @@ def run(
     if target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {target.option}")
     biases = fitted == "bias" or (fitted == "lstsq" and with_bias)
-    gram, fisher = needed(metric or chosen.metric, fitted, gram, fisher)
+    gram, fisher = needed(metric, compensate, gram, fisher)  # what the preset needs, calibrate sees itself
     shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
     preset_: dict[str, Any] = {"preset": preset}
     hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}

@@ -41,15 +41,15 @@ def calibrate(
     torchrun --nproc-per-node 2 -m flapcli calibrate ...
     """
     from flapcli.checkpoint import Hub
+    from flapcli.choose import needed
     from flapcli.pipeline.calibrate import run_calibrate
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, is_writer
     from flapcli.presets import preset_of
 
     chosen = preset_of(preset)
     text, nsamples = chosen.text(dataset, default_text(model), nsamples)
-    wanted = CalibrateOptions(
-        text, nsamples, seqlen, seed, dtype, gram or chosen.gram, text_column, gram_dtype, fisher or chosen.fisher
-    )
+    gram, fisher = needed(chosen.metric, chosen.compensate, gram, fisher)
+    wanted = CalibrateOptions(text, nsamples, seqlen, seed, dtype, gram, text_column, gram_dtype, fisher)
     scale = Scale(stream, activation_memory, device_map, rank_timeout)
     path = out or run_dir / "stats.safetensors"
     hub = Hub(revision, cache_dir, trust_remote_code)

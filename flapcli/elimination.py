@@ -46,7 +46,7 @@ def eliminate(
         rises = scale[left] * _unit_errors(w, torch.linalg.inv(_blocks(inverse, len(left))))
         order = rises.argsort(stable=True)[: max(1, int(AT_ONCE * units))]
         levels[left[order]] = rises[order].clamp_min(level)
-        level = float(levels[left[order]].max())
+        level = float(levels[left[order[-1]]])
         w, inverse, left = _without(order, w, inverse, left)
     return levels
 

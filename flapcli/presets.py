@@ -22,8 +22,6 @@ class Preset:
     compensate: Compensate | None = None
     bias: bool = True
     sequential: bool = False
-    gram: bool = False
-    fisher: bool = False
     own_text: float = 0.0
 
     @property
@@ -55,7 +53,7 @@ class Preset:
 PRESETS = {
     "paper": Preset(),
     # What won in the trials that README tells of; tests/benchmarks/quality.py holds it against the others.
-    "best": Preset("FISHER-OBS", "AL-AM", "lstsq", bias=False, sequential=True, gram=True, fisher=True, own_text=0.375),
+    "best": Preset("FISHER-OBS", "AL-AM", "lstsq", bias=False, sequential=True, own_text=0.375),
 }
 
 

@@ -44,7 +44,8 @@ def _file(path: Path) -> Found:
         plan = load_plan(path)
         return "plan", plan.model_dump(exclude_none=True), ("show_plan", plan)
     if path.suffix == ".json":
-        start = path.read_text(encoding="utf-8", errors="replace")[:100]
+        with path.open(encoding="utf-8", errors="replace") as file:
+            start = file.read(100)
         if SWEEP_FORMAT in start:
             sweep = load_sweep(path)
             return "sweep", sweep.model_dump(), ("show_sweep", sweep)

@@ -125,9 +125,16 @@ def _layer_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Ite
     yield from _module_tensors(shape, layer, gram)
 
 
-def _unit_tensors(shape: ModelShape, layer: int, field: str) -> list[TensorSpec]:
-    """A layer's `fisher` or `elimination`."""
-    return [TensorSpec(f"layers.{layer}.{module}.{field}", (shape.units(layer, module),), "F32") for module in MODULES]
+def _unit_fields(header: StatsHeader) -> tuple[str, ...]:
+    """What the file holds of units: elimination needs Gram matrices too."""
+    settings = header.settings
+    return UNIT_FIELDS[: 1 + bool(settings.get("gram"))] if settings.get("fisher") else ()
+
+
+def _unit_tensors(shape: ModelShape, layer: int, fields: Iterable[str]) -> list[TensorSpec]:
+    """A layer's Fisher information and elimination, those of them that `fields` names."""
+    sizes = [(module, (shape.units(layer, module),)) for module in MODULES]
+    return [TensorSpec(f"layers.{layer}.{module}.{field}", size, "F32") for field in fields for module, size in sizes]
 
 
 def _module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
@@ -149,11 +156,10 @@ class StatsWriter:
     def __init__(self, path: Path, header: StatsHeader, gram: GramDtype | None, resume: bool = False) -> None:
         shape = header.model
         parts = [list(_layer_tensors(shape, layer, gram)) for layer in range(shape.num_layers)]
-        if header.settings.get("fisher"):
-            fields = UNIT_FIELDS if gram else UNIT_FIELDS[:1]
-            for layer in reversed(range(shape.num_layers)):
-                parts.append([spec for field in fields for spec in _unit_tensors(shape, layer, field)])
-        self._parts, self._gram = parts, gram
+        self._fields = _unit_fields(header)
+        if self._fields:
+            parts += [_unit_tensors(shape, layer, self._fields) for layer in reversed(range(shape.num_layers))]
+        self._parts = parts
         self._specs = {spec.name: spec for specs in parts for spec in specs}
         self._ends = list(accumulate((len(specs) for specs in parts), initial=0))
         metadata = {"flap": header.model_dump_json()}
@@ -193,7 +199,7 @@ class StatsWriter:
         `eliminate` sees the Gram matrices as their dtype in the file left them. Raises ValueError out of order.
         """
         fields = {"fisher": fisher}
-        if eliminate and self._gram:
+        if eliminate and "elimination" in self._fields:
             fields["elimination"] = eliminate(layer, self._grams(layer), fisher)
         for field, values in fields.items():
             for module in MODULES:
@@ -267,8 +273,8 @@ def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
 def file_bytes(shape: ModelShape, gram: GramDtype | None) -> int:
     """Bytes of all tensors of a stats file of this model, with Fisher information and elimination."""
     layers = range(shape.num_layers)
-    units = [spec for i in layers for field in UNIT_FIELDS for spec in _unit_tensors(shape, i, field)]
-    return sum(spec.nbytes for spec in units) + sum(s.nbytes for i in layers for s in _layer_tensors(shape, i, gram))
+    specs = [(*_layer_tensors(shape, layer, gram), *_unit_tensors(shape, layer, UNIT_FIELDS)) for layer in layers]
+    return sum(spec.nbytes for spec in chain.from_iterable(specs))
 
 
 def load_header(path: Path) -> StatsHeader:
@@ -279,11 +285,10 @@ def load_header(path: Path) -> StatsHeader:
 def load_stats(path: Path) -> Stats:
     """Read and check a stats file. Raises FlapError naming what does not fit."""
     header, specs = _header_and_specs(path)
-    turned = [spec for layer in range(header.model.num_layers) for spec in _influence_tensors(layer)]
+    layers, fields = range(header.model.num_layers), _unit_fields(header)
+    turned = [spec for layer in layers for spec in _influence_tensors(layer)]
     turned = turned if any(spec.name in specs for spec in turned) else []  # older files hold none
-    fields = UNIT_FIELDS[: 1 + bool(header.settings.get("gram", False))] if header.settings.get("fisher") else ()
-    layers = range(header.model.num_layers)
-    units = [spec for field in fields for layer in layers for spec in _unit_tensors(header.model, layer, field)]
+    units = [spec for layer in layers for spec in _unit_tensors(header.model, layer, fields)]
     wanted = [*expected_tensors(header.model), *turned, *units]
     wrong = [
         f"{want.name}: expected {list(want.shape)} {want.dtype}, found {_describe(specs.get(want.name))}"
@@ -303,7 +308,7 @@ def load_stats(path: Path) -> Stats:
         (layer, module): ModuleStats(
             **{f: tensors[f"layers.{layer}.{module}.{f}"] for f in ModuleStats.__dataclass_fields__}
         )
-        for layer in range(header.model.num_layers)
+        for layer in layers
         for module in MODULES
     }
     values = [float(tensors[spec.name][0]) for spec in turned]
