@@ -11,10 +11,9 @@ dense model and nothing were fitted. The loss feels the latter as F_u, the unit'
 
     E_u = F_u e_u / b_u
 
-says what the loss feels of u's going next. The lowest goes, H and W' follow, and so on to the last unit.
+says what the loss feels of u's going next. The lowest goes, H and W' follow, and so on to the last unit. Calibration
+keeps the losses of attention's units, which FISHER-OBS reads (scores.py).
 """
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -52,23 +51,16 @@ def eliminate(
 
 
 def eliminator(checkpoint: Checkpoint, advance: Advance = lambda _layers: None) -> Eliminate:
-    """`eliminate` for the modules of a layer of this checkpoint, float32 (units,) each; `advance` counts layers."""
+    """`eliminate` for a module of this checkpoint, float32 (units,); `advance` counts modules."""
 
-    def of_layer(
-        layer: int, grams: Mapping[Module, NDArray[np.float32]], fisher: Mapping[Module, Vector]
-    ) -> dict[Module, Vector]:
-        found: dict[Module, Vector] = {}
-        for module, information in fisher.items():
-            if module not in grams:  # a module without channels
-                found[module] = information
-                continue
-            weight = checkpoint.read(f"{checkpoint.family.output(layer, module)}.weight")
-            levels = eliminate(weight, torch.from_numpy(grams[module]), torch.from_numpy(information))
-            found[module] = levels.float().numpy()
+    def of_module(layer: int, module: Module, gram: NDArray[np.float32], fisher: Vector) -> Vector:
         advance(1)
-        return found
+        if not len(fisher):
+            return fisher
+        weight = checkpoint.read(f"{checkpoint.family.output(layer, module)}.weight")
+        return eliminate(weight, torch.from_numpy(gram), torch.from_numpy(fisher)).float().numpy()
 
-    return of_layer
+    return of_module
 
 
 def _blocks(matrix: torch.Tensor, units: int) -> torch.Tensor:

@@ -109,8 +109,8 @@ MethodOption = Annotated[
 MetricOption = Annotated[
     Metric | None,
     typer.Option(help="Score of a channel, or of a unit by what the loss feels of it: FISHER (needs `calibrate "
-                 "--fisher`), or FISHER-OBS: once the units that stay stand in for it (needs `calibrate --gram "
-                 "--fisher`) [default: WIFV]."),
+                 "--fisher`), or FISHER-OBS: of a head once those that stay stand in for it (needs `calibrate "
+                 "--gram --fisher`) [default: WIFV]."),
 ]  # fmt: skip
 StructureOption = Annotated[
     Structure | None,

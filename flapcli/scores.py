@@ -13,6 +13,8 @@ from flapcli.errors import FlapError
 from flapcli.shape import ModelShape, Module
 from flapcli.stats import ModuleStats, Stats
 
+ELIMINATION_WEIGHT = 2.0  # of a head's elimination beside a neuron's Fisher information
+
 Scores = NDArray[np.float64]
 UnitScores = dict[tuple[int, Module], Scores]
 
@@ -62,22 +64,20 @@ def fisher(stats: Stats) -> UnitScores:
 
 
 def fisher_obs(stats: Stats) -> UnitScores:
-    """S_u = sqrt(F_u E_u) / parameters_u, E_u the loss that u goes at with the others standing in for it.
+    """S_u = 2 E_u / parameters_u in attention, F_u / parameters_u in the MLP.
 
-    Optimal Brain Surgeon (Hassibi and Stork 1993) within a projection, on FISHER's scale (elimination.py). Between
-    F_u, with no one standing in, and E_u, which trusts that they do so on all text as on the calibration text;
-    README has what either alone gave.
+    E_u is the loss that a head or KV group goes at with the others standing in for it: Optimal Brain Surgeon
+    (Hassibi and Stork 1993) within a projection, on FISHER's scale (elimination.py). Neurons go by FISHER itself, so
+    that their elimination, which takes time with the cube of their number, is spared. The weight is measured
+    (README): what stands in for a head does so less well on other text than on the calibration text.
     Raises FlapError where calibration did not keep both Gram matrices and Fisher information.
     """
     if stats.fisher is None or stats.elimination is None:
         raise FlapError(
             f"{stats.path} has no elimination, which --metric FISHER-OBS needs: run `flap calibrate --gram --fisher`"
         )
-    means = {
-        key: np.sqrt(values.astype(np.float64) * stats.elimination[key].astype(np.float64))
-        for key, values in stats.fisher.items()
-    }
-    return _per_parameter(stats, means)
+    heads = {key: ELIMINATION_WEIGHT * values for key, values in stats.elimination.items()}
+    return _per_parameter(stats, {**stats.fisher, **heads})
 
 
 def _per_parameter(stats: Stats, losses: Mapping[tuple[int, Module], NDArray[np.floating]]) -> UnitScores:

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -21,9 +21,9 @@ from flapcli.shape import MODULES, ModelShape, Module
 FORMAT: Literal["flap-stats/1"] = "flap-stats/1"
 Vector = NDArray[np.float32]
 GramDtype = Literal["F32", "BF16"]
-# Of a layer's number, Gram matrices and Fisher information: at what loss each unit goes (elimination.py).
-Eliminate = Callable[[int, Mapping[Module, NDArray[np.float32]], Mapping[Module, Vector]], dict[Module, Vector]]
-UNIT_FIELDS = ("fisher", "elimination")
+# Of a layer's number, a module's Gram matrix and Fisher information: at what loss each unit goes (elimination.py).
+Eliminate = Callable[[int, Module, NDArray[np.float32], Vector], Vector]
+UNIT_FIELDS: dict[str, tuple[Module, ...]] = {"fisher": MODULES, "elimination": ("attention",)}
 GRAM_STORED = {"F32": "<f4", "BF16": "<u2"}
 
 
@@ -80,7 +80,7 @@ class Stats:
 
     `influences` are the layers' in order, None in files that were written before flap kept them. `fisher` holds
     the units' Fisher information (fisher.py), (units,) each, None where calibration was not asked for it, and
-    `elimination` the losses that they go at (elimination.py), where Gram matrices were asked for too.
+    `elimination` the losses that those of attention go at (elimination.py), where Gram matrices were asked for too.
     """
 
     header: StatsHeader
@@ -128,13 +128,16 @@ def _layer_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Ite
 def _unit_fields(header: StatsHeader) -> tuple[str, ...]:
     """What the file holds of units: elimination needs Gram matrices too."""
     settings = header.settings
-    return UNIT_FIELDS[: 1 + bool(settings.get("gram"))] if settings.get("fisher") else ()
+    return tuple(UNIT_FIELDS)[: 1 + bool(settings.get("gram"))] if settings.get("fisher") else ()
 
 
 def _unit_tensors(shape: ModelShape, layer: int, fields: Iterable[str]) -> list[TensorSpec]:
     """A layer's Fisher information and elimination, those of them that `fields` names."""
-    sizes = [(module, (shape.units(layer, module),)) for module in MODULES]
-    return [TensorSpec(f"layers.{layer}.{module}.{field}", size, "F32") for field in fields for module, size in sizes]
+    return [
+        TensorSpec(f"layers.{layer}.{module}.{field}", (shape.units(layer, module),), "F32")
+        for field in fields
+        for module in UNIT_FIELDS[field]
+    ]
 
 
 def _module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
@@ -198,22 +201,22 @@ class StatsWriter:
 
         `eliminate` sees the Gram matrices as their dtype in the file left them. Raises ValueError out of order.
         """
-        fields = {"fisher": fisher}
+        found = {("fisher", module): values for module, values in fisher.items()}
         if eliminate and "elimination" in self._fields:
-            fields["elimination"] = eliminate(layer, self._grams(layer), fisher)
-        for field, values in fields.items():
-            for module in MODULES:
-                name = f"layers.{layer}.{module}.{field}"
-                self._writer.write(name, values[module].astype("<f4").view(np.uint8).data)
+            for module in UNIT_FIELDS["elimination"]:
+                found["elimination", module] = eliminate(layer, module, self._gram(layer, module), fisher[module])
+        for field in self._fields:
+            for module in UNIT_FIELDS[field]:
+                little = found[field, module].astype("<f4")
+                self._writer.write(f"layers.{layer}.{module}.{field}", little.view(np.uint8).data)
         self._writer.sync()
 
-    def _grams(self, layer: int) -> dict[Module, NDArray[np.float32]]:
-        specs = {module: self._specs.get(f"layers.{layer}.{module}.gram") for module in MODULES}
-        return {
-            module: _read_gram(self._writer.path, spec, self._writer.offsets[spec.name])
-            for module, spec in specs.items()
-            if spec
-        }
+    def _gram(self, layer: int, module: Module) -> NDArray[np.float32]:
+        """As it is in the file; (0, 0) of a module without channels, which has none."""
+        spec = self._specs.get(f"layers.{layer}.{module}.gram")
+        if spec is None:
+            return np.empty((0, 0), np.float32)
+        return _read_gram(self._writer.path, spec, self._writer.offsets[spec.name])
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -313,7 +316,10 @@ def load_stats(path: Path) -> Stats:
     }
     values = [float(tensors[spec.name][0]) for spec in turned]
     influences = [Influence(*values[i : i + 3]) for i in range(0, len(values), 3)]
-    per_unit = {field: {key: tensors[f"layers.{key[0]}.{key[1]}.{field}"] for key in modules} for field in fields}
+    per_unit = {
+        field: {key: tensors[f"layers.{key[0]}.{key[1]}.{field}"] for key in product(layers, UNIT_FIELDS[field])}
+        for field in fields
+    }
     return Stats(header, modules, influences or None, **per_unit, path=path)
 
 

@@ -1,7 +1,5 @@
 """Elimination equals removing units one by one with the least squares of METHOD.md, and plans go by it."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from flapcli import elimination
 from flapcli.compensate import least_squares
 from flapcli.elimination import eliminate
 from flapcli.plan import load_plan
-from flapcli.shape import MODULES
 from flapcli.stats import load_stats
 
 RIDGE = 0.05
@@ -118,8 +115,8 @@ def test_streamed_equals_in_memory(any_tiny, stored, flap, text_file, tmp_path):
     whole = calibrated(flap, any_tiny, text_file, tmp_path / "memory", "--no-stream", *more)
     stream = calibrated(flap, any_tiny, text_file, tmp_path / "stream", "--stream", *more)
     assert_same_elimination(stream, whole)
-    for (layer, module), values in whole.elimination.items():
-        assert values.shape == (whole.model.units(layer, module),)
+    for layer in range(whole.model.num_layers):
+        assert whole.elimination[layer, "attention"].shape == (whole.model.units(layer, "attention"),)
 
 
 def test_the_backward_sweep_goes_on(tiny, flap, text_file, tmp_path, monkeypatch):
@@ -147,7 +144,7 @@ def test_pruned_checkpoints_with_emptied_modules(tiny, prune, flap, text_file, t
     for mode in ("--stream", "--no-stream"):
         stats = calibrated(flap, pruned, text_file, tmp_path / mode, "--gram", mode)
         assert stats.elimination[1, "attention"].shape == (0,)
-        assert all(len(stats.elimination[i, m]) == stats.model.units(i, m) for i in range(3) for m in MODULES)
+        assert all(len(stats.elimination[i, "attention"]) == stats.model.units(i, "attention") for i in range(3))
 
 
 def test_plan_takes_the_lowest_per_parameter(tiny, flap, text_file, tmp_path):
@@ -156,13 +153,13 @@ def test_plan_takes_the_lowest_per_parameter(tiny, flap, text_file, tmp_path):
     flap(*plan, "--ratio", 0.4)
     made = load_plan(tmp_path / "plan.yaml")
     scores = {
-        (i, m, u): math.sqrt(stats.fisher[i, m][u] * value) / stats.model.unit_parameters(m)
-        for (i, m), values in stats.elimination.items()
-        for u, value in enumerate(values)
+        (i, m, u): float(value) / stats.model.unit_parameters(m)
+        for (i, m), values in stats.fisher.items()
+        for u, value in enumerate(2 * stats.elimination[i, m] if m == "attention" else values)
     }
-    kept = {(i, m, int(u)) for i, m in stats.elimination for u in made.kept(i, m)}
+    kept = {(i, m, int(u)) for i, m in stats.fisher for u in made.kept(i, m)}
     gone = scores.keys() - kept
-    last = {max((s, i, m, u) for (i, m, u), s in scores.items() if (i, m) == key)[1:] for key in stats.elimination}
+    last = {max((s, i, m, u) for (i, m, u), s in scores.items() if (i, m) == key)[1:] for key in stats.fisher}
     assert gone and max(scores[unit] for unit in gone) <= min(scores[unit] for unit in kept - last)
     assert "scores heads and neurons on one scale" in flap(*plan, "--attention-exponent", 2, code=2).stderr
     flap("show", tmp_path)
