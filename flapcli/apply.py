@@ -11,7 +11,7 @@ from flapcli.checkpoint.write import plan_shards, retyped, write_shards
 from flapcli.compensation import Compensation, Cut, cut_of, rows_of, scatter
 from flapcli.device import TORCH_DTYPES
 from flapcli.errors import FlapError
-from flapcli.plan import Plan, check_belongs
+from flapcli.plan import Plan
 from flapcli.progress import Progress
 from flapcli.rundir import require_space
 from flapcli.safetensors_io import TensorSpec
@@ -33,10 +33,9 @@ def jobs(
 ) -> list[Job]:
     """Everything that goes into the pruned checkpoint, in the source's order, decided from headers alone.
 
-    Raises FlapError where plan and checkpoint do not fit.
+    The plan belongs to the checkpoint (`check_belongs`). Raises FlapError for weights that can't be sliced.
     """
     shape = checkpoint.shape
-    check_belongs(plan, shape, Path("plan"))
     bad = [spec for spec in checkpoint.tensors.values() if spec.dtype not in TORCH_DTYPES]
     if bad:
         kinds = ", ".join(TORCH_DTYPES)

@@ -220,8 +220,8 @@ def check_belongs(plan: Plan, shape: ModelShape, where: Path) -> None:
     """Raise FlapError unless the plan was made for this model and its units are the model's."""
     if plan.model.fingerprint != shape.fingerprint:
         raise FlapError(
-            f"{where} was made for {plan.model.name} ({plan.model.fingerprint[:12]}), not for {shape.name} "
-            f"({shape.fingerprint[:12]}): run calibrate and plan on it, or give --model"
+            f"{where} was made for {plan.model.name} ({plan.model.fingerprint[:12]}), which {shape.name} "
+            f"({shape.fingerprint[:12]}) is not: give its --model, or calibrate and plan anew"
         )
     if len(plan.layers) != shape.num_layers:
         raise FlapError(f"{where} has {len(plan.layers)} layers, {shape.name} has {shape.num_layers}")

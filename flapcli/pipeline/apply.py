@@ -11,7 +11,7 @@ from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.errors import FlapError, UsageError
 from flapcli.pipeline.common import Compute
-from flapcli.plan import Plan, format_ranges, load_plan, pruned_layers
+from flapcli.plan import Plan, check_belongs, format_ranges, load_plan, pruned_layers
 from flapcli.progress import Progress
 from flapcli.rundir import atomic_folder, sha256
 from flapcli.stats import Stats, load_header, load_stats
@@ -77,7 +77,7 @@ def run_apply(
     stats_path = stats_path or plan_path.parent / plan.stats.path
     hub = Hub(hub.revision or plan.model.revision, hub.cache_dir, hub.trust_remote_code)
     checkpoint = open_checkpoint(model or plan.model.name, hub)
-    _check_model(plan, plan_path, checkpoint)
+    check_belongs(plan, checkpoint.shape, plan_path)
     made_by = {
         "version": __version__,
         "model": {"name": checkpoint.name, "revision": hub.revision, "fingerprint": checkpoint.fingerprint},
@@ -178,14 +178,6 @@ def _same_apply(found: dict[str, Any], asked: dict[str, Any]) -> bool:
     found = {"sequential": False} | found  # folders from before there was a choice
     keys = asked.keys() - {"version"}
     return all(found.get(key) == asked[key] for key in keys)
-
-
-def _check_model(plan: Plan, plan_path: Path, checkpoint: Checkpoint) -> None:
-    if plan.model.fingerprint != checkpoint.fingerprint:
-        raise FlapError(
-            f"{plan_path} was made for {plan.model.name} ({plan.model.fingerprint[:12]}), which "
-            f"{checkpoint.name} ({checkpoint.fingerprint[:12]}) is not: give its --model, or calibrate and plan anew"
-        )
 
 
 def _stats_of(plan: Plan, plan_path: Path, stats_path: Path) -> Stats:
