@@ -51,7 +51,7 @@ def eliminate(
 
 
 def eliminator(checkpoint: Checkpoint, advance: Advance = lambda _layers: None) -> Eliminate:
-    """`eliminate` for a module of this checkpoint, float32 (units,); `advance` counts modules."""
+    """`eliminate` for a module of this checkpoint, float32 (units,); `advance` counts layers, one each."""
 
     def of_module(layer: int, module: Module, gram: NDArray[np.float32], fisher: Vector) -> Vector:
         advance(1)

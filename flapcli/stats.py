@@ -159,9 +159,8 @@ class StatsWriter:
     def __init__(self, path: Path, header: StatsHeader, gram: GramDtype | None, resume: bool = False) -> None:
         shape = header.model
         parts = [list(_layer_tensors(shape, layer, gram)) for layer in range(shape.num_layers)]
-        self._fields = _unit_fields(header)
-        if self._fields:
-            parts += [_unit_tensors(shape, layer, self._fields) for layer in reversed(range(shape.num_layers))]
+        if fields := _unit_fields(header):
+            parts += [_unit_tensors(shape, layer, fields) for layer in reversed(range(shape.num_layers))]
         self._parts = parts
         self._specs = {spec.name: spec for specs in parts for spec in specs}
         self._ends = list(accumulate((len(specs) for specs in parts), initial=0))
@@ -196,19 +195,18 @@ class StatsWriter:
             self._writer.write(spec.name, little.reshape(-1).view(np.uint8).data)
         self._writer.sync()
 
-    def write_fisher(self, layer: int, fisher: Mapping[Module, Vector], eliminate: Eliminate | None) -> None:
+    def write_fisher(self, layer: int, fisher: Mapping[Module, Vector], eliminate: Eliminate) -> None:
         """Append a layer's Fisher information, with Gram matrices its elimination too, and have it on disk.
 
         `eliminate` sees the Gram matrices as their dtype in the file left them. Raises ValueError out of order.
         """
-        found = {("fisher", module): values for module, values in fisher.items()}
-        if eliminate and "elimination" in self._fields:
-            for module in UNIT_FIELDS["elimination"]:
-                found["elimination", module] = eliminate(layer, module, self._gram(layer, module), fisher[module])
-        for field in self._fields:
-            for module in UNIT_FIELDS[field]:
-                little = found[field, module].astype("<f4")
-                self._writer.write(f"layers.{layer}.{module}.{field}", little.view(np.uint8).data)
+        for spec in self._parts[-1 - layer]:
+            _, _, name, field = spec.name.split(".")
+            module: Module = name  # type: ignore[assignment]
+            values = fisher[module]
+            if field == "elimination":
+                values = eliminate(layer, module, self._gram(layer, module), values)
+            self._writer.write(spec.name, values.astype("<f4").view(np.uint8).data)
         self._writer.sync()
 
     def _gram(self, layer: int, module: Module) -> NDArray[np.float32]:
@@ -252,8 +250,8 @@ def save_stats(
     gram_dtype: GramDtype = "F32",
     eliminate: Eliminate | None = None,
 ) -> None:
-    """Write the artifact atomically; `fisher` is there where the header's settings ask for it, and with Gram
-    matrices `eliminate`, which makes of a layer's Gram matrices and Fisher information its elimination.
+    """Write the artifact atomically; `fisher` and `eliminate` are there where the header's settings ask for Fisher
+    information. `eliminate` makes elimination of it where there are Gram matrices.
 
     Raises FlapError where the file system refuses.
     """
@@ -263,7 +261,7 @@ def save_stats(
             own = {module: modules[layer, module] for module in MODULES}
             squares = {m: grams[layer, m] for m in MODULES if (layer, m) in grams} if grams else {}
             writer.write(layer, own, influences[layer], squares)
-        if fisher:
+        if fisher and eliminate:
             for layer in reversed(range(header.model.num_layers)):
                 writer.write_fisher(layer, {module: fisher[layer, module] for module in MODULES}, eliminate)
 
