@@ -1,10 +1,11 @@
 """Stage 2: from statistics to a plan. Needs no weights, no model, no torch."""
 
 from dataclasses import asdict, replace
+from math import isfinite
 from typing import Any
 
 from flapcli.allocate import Kept, Request, allocate
-from flapcli.depth import drop_layers
+from flapcli.depth import check_depth, drop_layers
 from flapcli.errors import UsageError
 from flapcli.plan import Plan, StatsRef, build_plan
 from flapcli.scores import UNIT_METRICS, unit_scores
@@ -30,8 +31,23 @@ def resolve(method: str, metric: str | None, structure: str | None) -> tuple[str
     return fixed[0] or metric or DEFAULT_METRIC, fixed[1] or structure or DEFAULT_STRUCTURE
 
 
-def check(request: Request) -> None:
-    """Raise UsageError where the options contradict each other or are out of range, whatever the model."""
+def checked(
+    method: str, metric: str | None, structure: str | None, request: Request, attention_exponent: float | None
+) -> tuple[str, Request]:
+    """The metric, and the request with its structure, once all options go together; `resolve` says of both.
+
+    Raises UsageError where options contradict each other or are out of range, whatever the model.
+    """
+    metric, structure = resolve(method, metric, structure)
+    request = replace(request, structure=structure)
+    if method == "depth":
+        check_depth(request, attention_exponent)
+    _check_exponent(metric, attention_exponent)
+    _check(request)
+    return metric, request
+
+
+def _check(request: Request) -> None:
     if not 0 <= request.ratio < 1:
         raise UsageError(f"--ratio {request.ratio}: must be at least 0 and less than 1")
     if request.remove_heads is not None and not request.structure.endswith("-MM"):
@@ -40,8 +56,9 @@ def check(request: Request) -> None:
         raise UsageError(f"--structure {request.structure} needs --remove-heads N (heads, or KV groups under GQA)")
 
 
-def check_exponent(metric: str, attention_exponent: float | None) -> None:
-    """Raise UsageError where an exponent is given to scores that are of units already."""
+def _check_exponent(metric: str, attention_exponent: float | None) -> None:
+    if attention_exponent is not None and not isfinite(attention_exponent):
+        raise UsageError(f"--attention-exponent {attention_exponent}: must be a number")
     if metric in UNIT_METRICS and attention_exponent is not None:
         raise UsageError(
             f"--attention-exponent: --metric {metric} scores heads and neurons on one scale, to which no exponent "

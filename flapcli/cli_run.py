@@ -60,16 +60,22 @@ def run(
     debug: o.Debug = False,
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
-    from flapcli.choose import needed
+    from flapcli.allocate import Request
+    from flapcli.choose import checked, needed
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import refuse_several_processes
+    from flapcli.pipeline.evaluate import EvalOptions
     from flapcli.presets import preset_of
     from flapcli.target import target_of
 
     refuse_several_processes()
     chosen = preset_of(preset, method)
     fitted, with_bias, in_turn = chosen.compensation(compensate, bias, sequential)
-    ApplyOptions(fitted, ridge, sequential=in_turn).check()
+    ApplyOptions(fitted, ridge, with_bias, sequential=in_turn, max_shard_size=max_shard_size).check()
+    EvalOptions(tuple(perplexity or ()), seqlen).check()
+    share = 0.2 if ratio is None else ratio
+    request = Request("", share, remove_heads, round_to, heads_multiple_of, allow_empty)
+    checked(method, metric or chosen.metric, structure or chosen.structure, request, attention_exponent)
     counted = store_dtype if target_size else None
     target = target_of(ratio, target_params, target_size, counted, None, method)
     if target and mask_only:

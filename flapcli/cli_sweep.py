@@ -59,7 +59,7 @@ def sweep(
     """
     from flapcli.allocate import Request
     from flapcli.checkpoint import Hub
-    from flapcli.choose import check, needed, resolve
+    from flapcli.choose import checked, needed
     from flapcli.evaluate.suite import expand
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, refuse_several_processes
@@ -76,10 +76,8 @@ def sweep(
     compensate, bias, sequential = chosen.compensation(compensate, bias, sequential)
     applied = ApplyOptions(compensate, ridge, bias, False, remote_code, store_dtype, max_shard_size, sequential)
     applied.check()
-    request = Request(
-        resolve(method, metric, structure)[1], wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty
-    )
-    check(request)
+    request = Request("", wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty)
+    request = checked(method, metric, structure, request, attention_exponent)[1]
     gram, fisher = needed(metric, compensate, gram, fisher)
     text, nsamples = chosen.text(dataset, default_text(model), nsamples)
     options = SweepOptions(

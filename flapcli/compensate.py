@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from flapcli.errors import FlapError
+
 DEFAULT_RIDGE = 0.01
 
 
@@ -16,13 +18,15 @@ class Fit:
     """The kept columns (out, |K|) as they shall be, and what is added to the bias (out,), float64.
 
     `before` and `after`: share of the output's variance on the calibration text that is lost when the pruned
-    channels are replaced by their mean, and with this fit; None where no covariance is known.
+    channels are replaced by their mean, and with this fit; None where no covariance is known. `raised`: the ridge,
+    where it had to grow.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     before: float | None = None
     after: float | None = None
+    raised: float | None = None
 
 
 def no_compensation(weight: torch.Tensor, kept: torch.Tensor) -> Fit:
@@ -58,13 +62,14 @@ def least_squares(
     w, mu, covariance = weight.double(), mean.double(), gram.double()
     if with_bias:
         covariance = covariance - torch.outer(mu, mu)
-    solution = torch.zeros(len(kept), len(w), dtype=torch.float64)
+    solution, raised = torch.zeros(len(kept), len(w), dtype=torch.float64), None
     if len(kept) and len(pruned):
         target = covariance[kept][:, pruned] @ w[:, pruned].T
-        solution = torch.cholesky_solve(target, factor(covariance[kept][:, kept], ridge))
+        cholesky, raised = factor(covariance[kept][:, kept], ridge)
+        solution = torch.cholesky_solve(target, cholesky)
     moved = w[:, kept] + solution.T
     bias = w[:, pruned] @ mu[pruned] - solution.T @ mu[kept] if with_bias else None
-    return Fit(moved, bias, *lost(weight, kept, pruned, mean, gram, moved, bias))
+    return Fit(moved, bias, *lost(weight, kept, pruned, mean, gram, moved, bias), raised)
 
 
 def lost(
@@ -103,8 +108,8 @@ class Means(NamedTuple):
 
 def refined(
     start: torch.Tensor, means: Means, ridge: float, with_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights and bias of argmin over D, b of mean |(W0 + D) x + b - y|² + lambda |D|², float64.
+) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
+    """Weights and bias of argmin over D, b of mean |(W0 + D) x + b - y|² + lambda |D|², float64; and `Fit.raised`.
 
     `start` is W0 (out, |K|), r = y - W0 x. Centred with a bias, else as they are and b = 0: Dᵀ = (C + lambda I)^-1
     C_xr, lambda = ridge * mean(diag C), b = mean r - D mean x. Where r is 0 or a constant that b takes, D = 0.
@@ -112,22 +117,30 @@ def refined(
     gram, cross = means.xx, means.xr
     if with_bias:
         gram, cross = gram - torch.outer(means.x, means.x), cross - torch.outer(means.x, means.r)
-    change = torch.zeros_like(start, dtype=torch.float64)
+    change, raised = torch.zeros_like(start, dtype=torch.float64), None
     if len(means.x):
-        change = torch.cholesky_solve(cross, factor(gram, ridge)).T
-    return start.double() + change, means.r - change @ means.x if with_bias else None
+        cholesky, raised = factor(gram, ridge)
+        change = torch.cholesky_solve(cross, cholesky).T
+    return start.double() + change, means.r - change @ means.x if with_bias else None, raised
 
 
-def factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Cholesky factor of matrix + lambda I, lambda = ridge * mean of the diagonal, raised until it exists."""
+def factor(matrix: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float | None]:
+    """Cholesky factor of matrix + lambda I, lambda = ridge * mean of the diagonal; the ridge, where it was raised.
+
+    It is raised tenfold until the factor exists. Raises FlapError where none makes the matrix definite.
+    """
+    asked = ridge
     padded, scale = matrix.clone(), matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for _ in range(20):
         padded.diagonal().copy_(matrix.diagonal() + ridge * scale)
         cholesky, failed = torch.linalg.cholesky_ex(padded)
         if not failed:
-            return cholesky
+            return cholesky, ridge if ridge > asked else None
         ridge = max(ridge * 10, 1e-12)
-    raise ValueError("the Gram matrix is not finite")
+    raise FlapError(
+        "a Gram matrix is not finite, or too coarse to take the means out: calibrate with --gram-dtype float32, or "
+        "leave biases out (--no-bias)"
+    )
 
 
 def _power(weight: torch.Tensor, covariance: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ class Cut:
 
 @dataclass
 class Compensation:
-    """How pruned channels are made up for; `errors` gathers what least squares says of each module.
+    """How pruned channels are made up for; `errors` and `raised` gather what least squares says of each module.
 
     `kind` is none, bias or lstsq; all but none read `stats`, lstsq its Gram matrices too. `refits` has the fits
     of lstsq where they are made in another way than the closed form.
@@ -36,6 +36,7 @@ class Compensation:
     ridge: float = DEFAULT_RIDGE
     lstsq_bias: bool = True
     errors: dict[tuple[int, Module], tuple[float, float]] = field(default_factory=dict)
+    raised: dict[tuple[int, Module], float] = field(default_factory=dict)
     refits: Callable[[Cut], Fit] | None = None
 
     @property
@@ -47,6 +48,8 @@ class Compensation:
         fit = self.refits(cut) if self.refits else self.closed(weight, cut)
         if fit.before is not None and fit.after is not None:
             self.errors[cut.layer, cut.module] = (fit.before, fit.after)
+        if fit.raised is not None:
+            self.raised[cut.layer, cut.module] = fit.raised
         return fit
 
     def closed(self, weight: torch.Tensor | None, cut: Cut) -> Fit:

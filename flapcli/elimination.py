@@ -39,7 +39,7 @@ def eliminate(
     """
     w, units, left = weight.double(), len(fisher), torch.arange(len(fisher))
     alone = _unit_errors(w, _blocks(gram, units).double()).clamp_min(torch.finfo(torch.float64).tiny)
-    scale, inverse = fisher.double() / alone, torch.cholesky_inverse(factor(gram.double(), ridge))
+    scale, inverse = fisher.double() / alone, torch.cholesky_inverse(factor(gram.double(), ridge)[0])
     levels, level = torch.zeros(units, dtype=torch.float64), 0.0
     while len(left):
         rises = scale[left] * _unit_errors(w, torch.linalg.inv(_blocks(inverse, len(left))))

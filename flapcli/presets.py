@@ -32,10 +32,10 @@ class Preset:
     def compensation(
         self, compensate: Compensate | None, bias: bool | None, sequential: bool | None
     ) -> tuple[Compensate | None, bool, bool]:
-        """`--compensate`, `--bias` and `--sequential`; a preset's --sequential only goes with its own compensation."""
+        """`--compensate`, `--bias` and `--sequential`; a preset's own go with its own compensation alone."""
         compensate = compensate or self.compensate
-        in_turn = self.sequential and compensate == self.compensate
-        return compensate, self.bias if bias is None else bias, in_turn if sequential is None else sequential
+        own = self if compensate == self.compensate else Preset()
+        return compensate, own.bias if bias is None else bias, own.sequential if sequential is None else sequential
 
     def text(self, named: Sequence[str] | None, default: str, nsamples: int) -> tuple[str, int]:
         """The calibration text and how many windows: what is asked for, and the model's own text beside it.

@@ -39,18 +39,18 @@ class Refits:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shares: dict[Path, tuple[float | None, float | None]] = {}
+        self._told: dict[Path, tuple[float | None, float | None, float | None]] = {}
 
     def put(self, cut: Cut, fit: Fit) -> None:
         path = self._path(cut)
         tensors = {"weight": fit.weight.contiguous()} | ({} if fit.bias is None else {"bias": fit.bias.contiguous()})
         save_file(tensors, path)
-        self._shares[path] = (fit.before, fit.after)
+        self._told[path] = (fit.before, fit.after, fit.raised)
 
     def __call__(self, cut: Cut) -> Fit:
         path = self._path(cut)
         found = load_file(path)
-        return Fit(found["weight"], found.get("bias"), *self._shares[path])
+        return Fit(found["weight"], found.get("bias"), *self._told[path])
 
     def _path(self, cut: Cut) -> Path:
         return self.folder / f"{cut.layer}-{cut.module}.safetensors"
@@ -97,24 +97,22 @@ class Refit:
                 f"activations of layer {self.cut.layer}, {self.cut.module} are NaN or infinite once the layers before "
                 "are pruned: calibrate with --dtype float32 or bfloat16"
             )
-        moved, gain = refined(self.start, means, self.ridge, self.compensation.adds_bias)
+        moved, gain, raised = refined(self.start, means, self.ridge, self.compensation.adds_bias)
         stats, cut = self.compensation.stats, self.cut
         if self.weight is None or stats is None:
-            return Fit(moved, gain)
+            return Fit(moved, gain, raised=raised)
         mean = torch.from_numpy(stats.modules[cut.layer, cut.module].mean)
         gram = self.compensation.gram(cut)
-        return Fit(moved, gain, *lost(self.weight, cut.kept, cut.pruned, mean, gram, moved, gain))
+        return Fit(moved, gain, *lost(self.weight, cut.kept, cut.pruned, mean, gram, moved, gain), raised)
 
-    def install(self, projection: torch.nn.Module, fit: Fit, written: torch.dtype) -> None:
-        """Let the layer's projection compute the fit as it is `written`; pruned channels meet zeros."""
-        like = next(iter(projection.parameters()), self._bias)
+    def install(self, projection: torch.nn.Module, fit: Fit, written: torch.dtype, running: torch.dtype) -> None:
+        """Let the layer's projection compute the fit, as it is `written`, in `running`; pruned channels meet zeros."""
         if self.weight is not None:
             full = scatter(fit.weight.to(written), self.cut.kept, 1, tuple(self.weight.shape))
-            projection.weight = _parameter(full, like)
+            projection.weight = self._parameter(full, running)
         if fit.bias is not None:
             own = 0 if self.bias is None else self.bias.double()
-            projection.bias = _parameter((own + fit.bias).to(written), like)
+            projection.bias = self._parameter((own + fit.bias).to(written), running)
 
-
-def _parameter(value: torch.Tensor, like: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
+    def _parameter(self, value: torch.Tensor, running: torch.dtype) -> torch.nn.Parameter:
+        return torch.nn.Parameter(value.to(self._bias.device, running), requires_grad=False)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flapcli.errors import FlapError
 from flapcli.rundir import atomic_file
+from flapcli.shape import ModelShape
 
 FORMAT: Literal["flap-self/1"] = "flap-self/1"
 
@@ -24,12 +25,13 @@ class Window(BaseModel):
 
 
 class SelfText(BaseModel):
-    """`model` and `fingerprint` are the writer's, `dtype` what it ran in."""
+    """`model`, `revision` and `fingerprint` are the writer's, `dtype` what it ran in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["flap-self/1"] = FORMAT
     model: str
+    revision: str | None = None
     fingerprint: str
     nsamples: int
     seqlen: int
@@ -43,10 +45,10 @@ class SelfText(BaseModel):
         """Token ids, (nsamples, seqlen)."""
         return np.asarray([window.tokens for window in self.windows], np.int64).reshape(self.nsamples, self.seqlen)
 
-    def is_of(self, fingerprint: str, nsamples: int, seqlen: int, seed: int) -> bool:
+    def is_of(self, model: ModelShape, nsamples: int, seqlen: int, seed: int) -> bool:
         """Whether this is what that model samples, asked for so much."""
-        asked = (fingerprint, nsamples, seqlen, seed)
-        return (self.fingerprint, self.nsamples, self.seqlen, self.seed) == asked
+        asked = (model.fingerprint, model.revision, nsamples, seqlen, seed)
+        return (self.fingerprint, self.revision, self.nsamples, self.seqlen, self.seed) == asked
 
 
 def path_beside(stats: Path) -> Path:

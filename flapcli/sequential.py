@@ -210,7 +210,8 @@ class Sequential:
     def _finish(self, refit: Refit, layer: torch.nn.Module) -> None:
         fit, written, cut = refit.fit(), self._written(refit), refit.cut
         fit = replace(fit, weight=fit.weight.to(written))
-        refit.install(layer.get_submodule(self.checkpoint.family.module(cut.module).output), fit, written)
+        projection = layer.get_submodule(self.checkpoint.family.module(cut.module).output)
+        refit.install(projection, fit, written, self.dense.hidden.dtype)
         self.fits.put(cut, fit)
 
     def _written(self, refit: Refit) -> torch.dtype:

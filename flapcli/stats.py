@@ -28,7 +28,11 @@ GRAM_STORED = {"F32": "<f4", "BF16": "<u2"}
 
 
 class Calibration(BaseModel):
-    """The text that was run and how. `source_sha256` is of the text where it lies on this machine."""
+    """The text that was run and how.
+
+    `source_sha256` is of the text where it lies on this machine, `windows_sha256` of the token ids that were run,
+    int64; None in files that were written before flap kept it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +44,7 @@ class Calibration(BaseModel):
     dtype: str
     text_column: str = "text"
     source_sha256: str | None = None
+    windows_sha256: str | None = None
     mode: Literal["in-memory", "streamed"] | None = None
 
 

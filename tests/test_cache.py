@@ -1,8 +1,10 @@
 """Asked again for the same, a stage answers from its artifact; asked for something else, it works anew."""
 
+import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flapcli.plan import load_plan
 
@@ -87,6 +89,23 @@ def test_a_changed_model_is_another_model(run, flap, tiny, text_file, tmp_path):
     config = model / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     assert "written" in flap(*args).stderr
+
+
+def test_models_of_one_shape_are_told_apart_by_name_and_revision(flap, tiny, text_file, tmp_path):
+    """Two fine-tunes have one fingerprint, which is of sizes and headers."""
+    text = ("--dataset", text_file, "--nsamples", 3, "--seqlen", 8)
+    one, two = (shutil.copytree(tiny("llama-gqa"), tmp_path / name) for name in ("one", "two"))
+    weights = load_file(two / "model.safetensors")
+    save_file({name: 1.5 * value for name, value in weights.items()}, two / "model.safetensors", {"format": "pt"})
+    measure = ("eval", "-d", tmp_path, "--no-baseline", "--perplexity", text_file, "--seqlen", 8)
+    found = [json.loads(flap(*measure, model, "--json").stdout)["perplexity"] for model in (one, two)]
+    assert found[0] != found[1]
+    assert "up to date" in flap(*measure, two).stderr
+    assert "written" in flap(*measure, two, "--device", "cpu").stderr
+    calibrate = ("calibrate", one, "-d", tmp_path, *text, "--revision")
+    flap(*calibrate, "v1")
+    assert "up to date" in flap(*calibrate, "v1").stderr
+    assert "written" in flap(*calibrate, "v2").stderr
 
 
 def test_an_edited_plan_stays_and_is_followed(run, flap):

@@ -8,6 +8,7 @@ import torch
 from test_apply import IDS, load_pruned, logits, masked_dense
 
 from flapcli.compensate import least_squares, mean_bias
+from flapcli.errors import FlapError
 from flapcli.plan import load_plan
 from flapcli.stats import load_stats
 
@@ -42,6 +43,20 @@ def test_normal_equations_hold(with_bias, ridge):
     solution = (fit.weight - weight[:, KEPT]).T
     left = (kk + ridge * kk.diagonal().mean() * torch.eye(len(KEPT), dtype=torch.float64)) @ solution
     torch.testing.assert_close(left, kp @ weight[:, PRUNED].T, rtol=1e-10, atol=1e-10)
+
+
+def test_a_matrix_that_rounding_left_indefinite_is_told():
+    """As bfloat16 does where means are far above deviations: C loses its sign, the ridge grows and says so."""
+    x, weight, _, _ = random_data(seed=1)
+    x = x + 20 * x.std()
+    coarse = (x.T @ x / len(x)).bfloat16().double()
+    covariance = (coarse - torch.outer(x.mean(0), x.mean(0)))[KEPT][:, KEPT]
+    assert torch.linalg.eigvalsh(covariance).min() < 0 < covariance.diagonal().mean()
+    fit = least_squares(weight, KEPT, PRUNED, x.mean(0), coarse, 0.01, with_bias=True)
+    assert fit.raised is not None and fit.raised > 0.01
+    assert least_squares(weight, KEPT, PRUNED, x.mean(0), x.T @ x / len(x), 0.01, with_bias=True).raised is None
+    with pytest.raises(FlapError, match="--gram-dtype float32"):
+        least_squares(weight, KEPT, PRUNED, 2 * x.mean(0), coarse, 0.01, with_bias=True)
 
 
 def test_it_is_the_regression_that_numpy_finds():

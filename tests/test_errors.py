@@ -108,6 +108,8 @@ def test_too_little_text(flap, tiny, tmp_path):
         ("--method mag-sp --metric IFV", "--metric IFV: --method mag-sp is defined with magnitude"),
         ("--method wanda-sp --structure AL-AM", "--structure AL-AM: --method wanda-sp is defined with UL-UM"),
         ("--round-to 64", "--round-to 64: layer 0, mlp has only 56 units"),
+        ("--round-to 56 --ratio 0.6", "--ratio 0.6 can't be reached: in these multiples at most"),
+        ("--attention-exponent inf", "--attention-exponent inf: must be a number"),
     ],
 )
 def test_plan_misuse(flap, run, options, words):
@@ -124,7 +126,12 @@ def test_plan_misuse(flap, run, options, words):
         ("calibrate --dataset wiki", "--dataset wiki: give wikitext2, ptb, c4, pydoc"),
         ("calibrate --device cuda", "--device cuda: this machine has none"),
         ("eval --perplexity nowhere.txt", "no such file"),
+        ("calibrate --activation-memory junk", "--activation-memory junk: give a size"),
         ("apply --max-shard-size 5X", "--max-shard-size 5X: give a size"),
+        ("apply --no-bias", "--no-bias is for --compensate lstsq"),
+        ("apply --compensate none --ridge 1", "--ridge is for --compensate lstsq"),
+        ("apply --compensate lstsq --ridge nan", "--ridge nan: must be a number of at least 0"),
+        ("apply --preset best --compensate bias --ridge 1", "--ridge is for --compensate lstsq"),
     ],
 )
 def test_misuse_of_other_stages(flap, run, text_file, arguments, words):
@@ -132,6 +139,28 @@ def test_misuse_of_other_stages(flap, run, text_file, arguments, words):
     if "--dataset" not in options and command == "calibrate":
         options += ["--dataset", text_file]
     refused(flap(command, "-d", run, *options, code=2), words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--ratio 1.5", "--ratio 1.5: must be"),
+        ("--structure UL-MM", "needs --remove-heads N"),
+        ("--method depth --round-to 8", "--round-to: --method depth drops whole layers"),
+        ("--preset best --attention-exponent 1", "--attention-exponent: --metric FISHER-OBS"),
+        ("--max-shard-size 5X", "--max-shard-size 5X: give a size"),
+        ("--no-bias", "--no-bias is for --compensate lstsq"),
+        ("--perplexity nowhere.txt", "no such file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_misuse_is_found_before_anything_is_measured(flap, tiny, text_file, tmp_path, command, options, words):
+    if command == "sweep":
+        options = options.replace("--ratio ", "--ratios ")
+        words = words.replace("--ratio 1.5: must be", "--ratios 1.5: give shares")
+    result = flap(command, tiny("llama-gqa"), "-d", tmp_path / "run", "--dataset", text_file, *options.split(), code=2)
+    refused(result, words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_stages_name_the_one_before(flap, tmp_path):

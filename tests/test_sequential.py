@@ -232,6 +232,32 @@ def test_a_second_round(calibrated, flap, tiny, text_file, tmp_path):
     torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_module_that_is_gone_without_a_bias_gains_one(calibrated, flap, tiny, text_file, tmp_path, dtype):
+    run = calibrated("llama-gqa")
+    edit_keep(run, (1, "attention"))
+    flap("apply", "-d", run, "--compensate", "none")
+    small = [dtype if word == "float32" else word for word in SMALL]
+    flap("calibrate", run / "pruned", "-d", tmp_path, "--dataset", text_file, *small)
+    flap("plan", "-d", tmp_path, "--ratio", 0.3)
+    flap("apply", "-d", tmp_path, "--compensate", "lstsq", "--sequential")
+    bias = load_pruned(tmp_path / "pruned").model.layers[1].self_attn.o_proj.bias
+    assert bias.abs().max() > 0
+
+
+def test_text_that_was_edited_is_another(tiny, flap, tmp_path):
+    options = ["--nsamples", 8, "--seqlen", 16, "--dtype", "float32", "--gram", "--dataset", "self"]
+    flap("calibrate", tiny("llama-gqa"), "-d", tmp_path, *options)
+    flap("plan", "-d", tmp_path)
+    path = tmp_path / "self.json"
+    text = json.loads(path.read_text())
+    text["windows"][3]["tokens"][5] += 1
+    path.write_text(json.dumps(text))
+    refused = flap("apply", "-d", tmp_path, "--compensate", "lstsq", "--sequential", code=1).stderr
+    assert "the calibration text self is another one than" in refused
+    assert not (tmp_path / "pruned").exists()
+
+
 def test_mixture_with_own_text(tiny, flap, text_file, tmp_path):
     """Windows are drawn again from both sources; without self.json there is nothing to draw from."""
     options = ["--nsamples", 8, "--seqlen", 16, "--dtype", "float32", "--gram"]
@@ -283,7 +309,10 @@ def test_misuse(calibrated, flap, tmp_path):
     run = calibrated("llama-gqa")
     for command in (["apply", "-d", run], ["run", "demo", "-d", tmp_path], ["sweep", "demo", "-d", tmp_path]):
         result = flap(*command, "--sequential", code=2)
-        assert result.stderr.splitlines()[-1] == "error: --sequential is a way of --compensate lstsq: give that too"
+        assert (
+            result.stderr.splitlines()[-1]
+            == "error: --sequential is for --compensate lstsq: give that too, or leave --sequential out"
+        )
 
 
 def test_run_and_sweep_pass_it_on(tiny, flap, text_file, tmp_path):
@@ -344,7 +373,7 @@ def test_refined_is_the_minimum(with_bias):
     y = x @ torch.randn(8, 6, dtype=torch.float64) + 1
     r = y - x @ start.T
     means = Means(x.mean(0), r.mean(0), x.T @ x / len(x), x.T @ r / len(x))
-    weight, bias = refined(start, means, RIDGE, with_bias)
+    weight, bias, _ = refined(start, means, RIDGE, with_bias)
     centred = x - x.mean(0) if with_bias else x
     lam = RIDGE * centred.square().mean()
 

@@ -72,6 +72,11 @@ def test_asked_again_nothing_is_measured(swept, arguments, flap, tmp_path):
     assert before[folder / "eval.json"] == (folder / "eval.json").stat().st_mtime_ns
     flap("sweep", *arguments, "-d", run)
     assert (folder / "pruned" / "config.json").exists()
+    # What lies there is what its row tells of, whatever another sweep that was interrupted left.
+    weights = (folder / "pruned" / "model-00001-of-00001.safetensors").read_bytes()
+    flap("apply", "-d", folder, "--compensate", "none")
+    flap("sweep", *arguments, "-d", run, "--keep")
+    assert (folder / "pruned" / "model-00001-of-00001.safetensors").read_bytes() == weights
 
 
 def test_other_settings_are_other_points(swept, arguments, flap, tmp_path):

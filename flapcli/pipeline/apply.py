@@ -1,6 +1,7 @@
 """`flap apply`: the pruned folder of a plan, or the one that is there already."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from flapcli.pipeline.common import Compute
 from flapcli.plan import Plan, check_belongs, format_ranges, load_plan, pruned_layers
 from flapcli.progress import Progress
 from flapcli.rundir import atomic_folder, sha256
+from flapcli.shape import Module
 from flapcli.stats import Stats, load_header, load_stats
 from flapcli.target import exceeded, recorded
 
@@ -41,10 +43,22 @@ class ApplyOptions:
 
     def check(self) -> None:
         """Raise UsageError for options that don't go together."""
-        if self.ridge is not None and self.ridge < 0:
-            raise UsageError(f"--ridge {self.ridge}: must be at least 0")
-        if self.sequential and self.compensate != "lstsq":
-            raise UsageError("--sequential is a way of --compensate lstsq: give that too")
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise UsageError(f"--ridge {self.ridge}: must be a number of at least 0")
+        given = {
+            "--sequential": self.sequential,
+            "--ridge": self.ridge is not None,
+            "--no-bias": not self.lstsq_bias,
+        }
+        if self.compensate != "lstsq" and any(given.values()):
+            option = next(option for option, is_given in given.items() if is_given)
+            raise UsageError(f"{option} is for --compensate lstsq: give that too, or leave {option} out")
+        self.shard_size  # noqa: B018  refuses what is no size
+
+    @property
+    def shard_size(self) -> int:
+        """Bytes of a file of weights at most."""
+        return parse_size(self.max_shard_size, "--max-shard-size")
 
     def resolved(self, plan: Plan) -> "ApplyOptions":
         """The options with what the plan and the way of fitting decide; RIDGES says where --ridge then acts."""
@@ -70,7 +84,6 @@ def run_apply(
 ) -> tuple[dict[str, Any], bool]:
     """Stage 3: the pruned folder in `out`. Returns its config.json. `compute` is for a sequential fit."""
     options.check()
-    shard_size = parse_size(options.max_shard_size, "--max-shard-size")
     plan = load_plan(plan_path)
     options = options.resolved(plan)
     compensate = options.compensate
@@ -94,7 +107,7 @@ def run_apply(
     made_by["license"] = checkpoint.license
     made_by["dataset"] = stats.header.calibration.dataset if stats else _dataset_of(stats_path)
     fitting = _fitting(checkpoint, stats, stats_path, compute or Compute()) if options.sequential else None
-    _write_folder(out, checkpoint, plan, stats, options, shard_size, made_by, progress, fitting)
+    _write_folder(out, checkpoint, plan, stats, options, made_by, progress, fitting)
     return json.loads((out / "config.json").read_bytes()), False
 
 
@@ -104,7 +117,6 @@ def _write_folder(
     plan: Plan,
     stats: Stats | None,
     options: ApplyOptions,
-    shard_size: int,
     made_by: dict[str, Any],
     progress: Progress,
     fitting: "Fitting | None",
@@ -141,7 +153,8 @@ def _write_folder(
             compensation.refits = fitting.run(
                 Path(fits), plan, compensation, ridge, options.dtype, depth.stay, progress
             )
-        write(scratch, work, shard_size, progress)
+        write(scratch, work, options.shard_size, progress)
+        _say_of_ridge(compensation.raised, progress)
         dtype = dtype_name(TORCH_DTYPES[code])
         write_companions(scratch, checkpoint, plan, made_by, layers, depth, dtype, compensation, stock)
 
@@ -166,6 +179,16 @@ def _say_of_rank(stats: Stats | None, compensate: str, progress: Progress) -> No
                 f"the Gram matrices come from {tokens:,} tokens, fewer than the widest module's {widest:,} channels, "
                 "and are singular: the fit rests on --ridge; more --nsamples would help"
             )
+
+
+def _say_of_ridge(raised: dict[tuple[int, Module], float], progress: Progress) -> None:
+    """Where sums are too coarse for the ridge asked for, a larger one decides more than the text does."""
+    if raised:
+        (layer, module), ridge = max(raised.items(), key=lambda item: item[1])
+        progress.note(
+            f"--ridge grew in {len(raised)} modules, to {ridge:g} in layer {layer}, {module}: rounding left their "
+            "Gram matrices indefinite; --no-bias, a larger --ridge or float32 (--gram-dtype, --dtype) may fit better"
+        )
 
 
 def _fitting(checkpoint: Checkpoint, stats: Stats | None, stats_path: Path, compute: Compute) -> "Fitting | None":

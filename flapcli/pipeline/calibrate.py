@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
+from flapcli.checkpoint.write import parse_size
 from flapcli.errors import FlapError, UsageError
 from flapcli.mixture import Mixture
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, several_processes
@@ -33,6 +34,7 @@ def run_calibrate(
     if min(options.nsamples, options.seqlen - 1) < 1:
         raise UsageError("--nsamples must be at least 1 and --seqlen at least 2")
     mixture.counts(options.nsamples)  # refuses shares of nothing before anything is opened
+    parse_size(scale.activation_memory, "--activation-memory")
     if scale.stream and scale.device_map:
         raise UsageError("--stream uses one device: leave out --device-map")
     if not several_processes():
@@ -94,5 +96,6 @@ def _same_calibration(found: StatsHeader, checkpoint: Checkpoint, asked: dict[st
         recorded |= {"gram": False, "gram_dtype": asked["gram_dtype"]}
     if not asked["fisher"]:
         recorded["fisher"] = False
-    same_model = found.model.fingerprint == checkpoint.fingerprint and found.model.name == checkpoint.name
+    model, revision = found.model, checkpoint.hub.revision
+    same_model = (model.fingerprint, model.name, model.revision) == (checkpoint.fingerprint, checkpoint.name, revision)
     return same_model and recorded == asked and found.calibration.source_sha256 == text

@@ -48,6 +48,13 @@ class EvalOptions:
     num_fewshot: int | None = None
     speed: SpeedSettings | None = None
 
+    def check(self) -> None:
+        """Raise UsageError for what no model could be measured by."""
+        if self.seqlen < 2:
+            raise UsageError("--seqlen must be at least 2")
+        for text in self.perplexity:
+            check_source(text, "--perplexity")
+
 
 def run_eval(
     out: Path,
@@ -64,10 +71,7 @@ def run_eval(
 
     A report in which tasks failed is never up to date, so the next call tries them again.
     """
-    if options.seqlen < 2:
-        raise UsageError("--seqlen must be at least 2")
-    for text in options.perplexity:
-        check_source(text, "--perplexity")
+    options.check()
     if compute.stream and (options.tasks or options.speed):
         raise UsageError("--stream: tasks and speed need the whole model in memory; leave out --stream")
     found = _existing_report(out)
@@ -83,6 +87,8 @@ def run_eval(
         "texts": {text: source_sha256(text) for text in texts},
         "fingerprint": checkpoint.fingerprint,
         "baseline": dense.fingerprint if dense else None,
+        "names": [_name_of(which) for which in (checkpoint, dense) if which],
+        "device": compute.device,
     }
     if found and not force and found.settings == settings and not found.task_failures:
         return found, True
@@ -230,6 +236,11 @@ def calibration_text(dataset: str, default: str, progress: Progress) -> str:
 def made_by_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a pruned folder records of its making; empty for any other checkpoint."""
     return (checkpoint.config.get("flap") or {}).get("made_by", {}) if checkpoint.path.is_dir() else {}
+
+
+def _name_of(checkpoint: Checkpoint) -> list[str | None] | None:
+    """What tells fine-tunes of one shape apart; a pruned folder's fingerprint does, wherever it lies."""
+    return None if made_by_of(checkpoint) else [checkpoint.name, checkpoint.hub.revision]
 
 
 def dense_of(made_by: dict[str, Any], model: str | None, hub: Hub) -> Checkpoint | None:

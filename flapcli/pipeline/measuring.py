@@ -18,7 +18,7 @@ from flapcli.elimination import eliminator
 from flapcli.loading import quiet_transformers
 from flapcli.memory import should_stream
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
-from flapcli.pipeline.texts import Texts
+from flapcli.pipeline.texts import Texts, windows_sha256
 from flapcli.progress import Progress, Silent
 from flapcli.ranks import Ranks
 from flapcli.recording import NotFiniteError
@@ -87,6 +87,7 @@ def _header(
         tokens=int(windows.size),
         dtype=dtype_name(dtype),
         source_sha256=text,
+        windows_sha256=windows_sha256(windows),
         mode="streamed" if streamed else "in-memory",
     )
     return StatsHeader(model=checkpoint.shape, calibration=calibration, settings=asked, versions=versions())

@@ -1,12 +1,10 @@
 """`flap plan`: which units stay, or the plan that is there already, edits included."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flapcli.allocate import Request
-from flapcli.choose import check, check_exponent, choose, resolve
-from flapcli.depth import check_depth
+from flapcli.choose import checked, choose
 from flapcli.errors import FlapError
 from flapcli.plan import FORMAT as PLAN_FORMAT
 from flapcli.plan import Plan, StatsRef, load_plan, save_plan
@@ -27,13 +25,8 @@ def run_plan(
     target: Target | None = None,
 ) -> tuple[Plan, bool]:
     """Stage 2: the plan of `stats_path` in `out`; a `target` decides the ratio in the request's place."""
-    metric, structure = resolve(method, metric, structure)
-    if method == "depth":
-        check_depth(request, attention_exponent)
-    check_exponent(metric, attention_exponent)
+    metric, request = checked(method, metric, structure, request, attention_exponent)
     exponent = attention_exponent or (2.0 if method == "flap" else 1.0)
-    request = Request(**asdict(request) | {"structure": structure})
-    check(request)
     stats = load_stats(stats_path)
     reference = StatsRef(path=_relative(stats_path, out.parent), sha256=sha256(stats_path))
     made = choose(stats, reference, method, metric, request, exponent, target)

@@ -7,7 +7,7 @@ from typing import Any
 
 from flapcli.allocate import Request
 from flapcli.checkpoint import Hub
-from flapcli.corpus import check_source, source_sha256
+from flapcli.corpus import source_sha256
 from flapcli.errors import FlapError
 from flapcli.evaluate.report import EvalReport, Measurement, load_report
 from flapcli.evaluate.suite import files_sha256
@@ -73,7 +73,7 @@ class _Job:
         folder = self.folder(ratio)
         pruned, evaluation = folder / "pruned", folder / "eval.json"
         done = None if self.force else self._measured(folder)
-        if done is None or (self.options.keep and not pruned.exists()):
+        if done is None or self.options.keep:
             run_apply(
                 pruned, folder / "plan.yaml", None, self.model, self.hub, self.options.apply, self.force, self.progress,
                 self.compute,
@@ -102,6 +102,7 @@ class _Job:
             "eval": asdict(options),
             "texts": {text: source_sha256(text) for text in options.perplexity},
             "task_files": files_sha256(Path(options.include_path)) if options.include_path else None,
+            "device": self.compute.device,
         }
         return json.loads(json.dumps(asked))
 
@@ -133,8 +134,7 @@ def run_sweep(
     Returns the names of tasks that could not be run too.
     """
     _refuse_foreign(run.sweep)
-    for text in options.evaluate.perplexity:
-        check_source(text, "--perplexity")
+    options.evaluate.check()
     baseline = options.evaluate.baseline
     header, _ = run_calibrate(run.stats, model, hub, calibrate, compute, force, progress, scale)
     texts = options.evaluate.perplexity or (

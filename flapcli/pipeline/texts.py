@@ -1,5 +1,6 @@
 """The windows of a calibration: from texts, from the model itself, or from several of these."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,23 +53,31 @@ def redrawn(stats: StatsHeader, path: Path, checkpoint: Checkpoint) -> NDArray[n
         mixture.check()
     except UsageError as error:
         raise FlapError(f"the calibration text of {path} is needed once more: {error}") from error
+    another = FlapError(
+        f"the calibration text {text.dataset} is another one than {path} was made from: put that one back, or run "
+        "`flap calibrate` and `flap plan` again"
+    )
     if mixture.sha256() != text.source_sha256:
-        raise FlapError(
-            f"the calibration text {text.dataset} is another one than {path} was made from: put that one back, or run "
-            "`flap calibrate` and `flap plan` again"
-        )
+        raise another
 
     def own(count: int) -> NDArray[np.int64]:
         place = path_beside(path)
         found = load_selftext(place)
-        if found is None or not found.is_of(stats.model.fingerprint, count, text.seqlen, text.seed):
+        if found is None or not found.is_of(stats.model, count, text.seqlen, text.seed):
             raise FlapError(
                 f"{place} does not hold the text that {path} was made from: put it back, or run `flap calibrate` and "
                 "`flap plan` again"
             )
         return found.array
 
-    return drawn(text, checkpoint.load_tokenizer(), own)
+    windows = drawn(text, checkpoint.load_tokenizer(), own)
+    if text.windows_sha256 not in (None, windows_sha256(windows)):
+        raise another
+    return windows
+
+
+def windows_sha256(windows: NDArray[np.int64]) -> str:
+    return hashlib.sha256(windows.tobytes()).hexdigest()
 
 
 class Texts:
@@ -140,7 +149,7 @@ class Texts:
         if found is None or (force and not self.streamed):
             return None
         options = self.options
-        same = found.is_of(self.checkpoint.fingerprint, count, options.seqlen, options.seed)
+        same = found.is_of(self.checkpoint.shape, count, options.seqlen, options.seed)
         same_dtype = self.streamed or found.dtype == dtype_name(self.dtype)
         return found.array.tolist() if same and same_dtype else None
 
@@ -149,6 +158,7 @@ class Texts:
         texts = tokenizer.batch_decode(tokens)
         made = SelfText(
             model=self.checkpoint.name,
+            revision=self.checkpoint.hub.revision,
             fingerprint=self.checkpoint.fingerprint,
             nsamples=len(tokens),
             seqlen=self.options.seqlen,
