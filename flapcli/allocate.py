@@ -39,6 +39,7 @@ def allocate(shape: ModelShape, scores: UnitScores, request: Request) -> Kept:
     structure = {"UL-UM": _ul_um, "UL-MM": _ul_mm, "AL-MM": _al_mm, "AL-AM": _al_am}[request.structure]
     removed = structure(shape, scores, request)
     removed = _to_multiples(shape, scores, removed, request)
+    _check_reached(shape, removed, request)
     return {key: np.sort(np.argsort(values, kind="stable")[removed[key] :]) for key, values in scores.items()}
 
 
@@ -125,8 +126,19 @@ def _unreachable(request: Request, why: str) -> UnreachableError:
     return UnreachableError(f"--ratio {request.ratio} can't be reached: {why}{hint}")
 
 
+def _check_reached(shape: ModelShape, removed: Counts, request: Request) -> None:
+    """Raise UnreachableError where multiples keep a structure of the whole model more than a block from the ratio."""
+    blocks: dict[Module, int] = {"attention": request.heads_multiple_of, "mlp": request.round_to}
+    if request.structure.startswith("UL") or max(blocks.values()) == 1:
+        return
+    prunable = sum(shape.prunable(module) for module in MODULES)
+    gone = sum(count * shape.unit_parameters(module) for (_, module), count in removed.items())
+    if request.ratio * prunable - gone > max(shape.unit_parameters(m) * block for m, block in blocks.items()):
+        raise _unreachable(request, f"in these multiples at most {gone / prunable:.4f} can go")
+
+
 def _to_multiples(shape: ModelShape, scores: UnitScores, removed: Counts, request: Request) -> Counts:
-    """Round what each layer keeps to the multiples asked for, the total kept as near as it goes."""
+    """Round what each layer keeps to the multiples asked for; over all layers (AL) the total stays near the ratio."""
     kept = {key: shape.units(*key) - count for key, count in removed.items()}
     if request.heads_multiple_of > 1:
         kept |= _apportion(kept, "attention", shape, request.heads_multiple_of, request)
@@ -143,7 +155,10 @@ def _to_multiples(shape: ModelShape, scores: UnitScores, removed: Counts, reques
 
 
 def _apportion(counts: Counts, module: Module, shape: ModelShape, multiple: int, request: Request) -> Counts:
-    """Multiples by largest remainder: round all down, then give blocks back to those that lost most."""
+    """Multiples by largest remainder: round all down, then give blocks back to those that lost most.
+
+    Where layers are alike (UL) they stay so: each goes to its nearest multiple, the smaller of two.
+    """
     kept = {key: count for key, count in counts.items() if key[1] == module}
     most = {key: shape.units(*key) // multiple * multiple for key in kept}
     least = 0 if request.allow_empty else multiple
@@ -154,6 +169,8 @@ def _apportion(counts: Counts, module: Module, shape: ModelShape, multiple: int,
                 f"{option} {multiple}: layer {layer}, {module} has only {shape.units(layer, module)} units"
             )
     low = {key: min(max(count // multiple * multiple, least), most[key]) for key, count in kept.items()}
+    if request.structure.startswith("UL"):
+        return {k: low[k] + multiple * (low[k] < most[k] and 2 * (kept[k] - low[k]) > multiple) for k in kept}
     blocks = round((sum(kept.values()) - sum(low.values())) / multiple)
     by_loss = sorted((key for key in kept if low[key] < most[key]), key=lambda key: low[key] - kept[key])
     for key in by_loss[: max(blocks, 0)]:

@@ -154,11 +154,12 @@ def find_ratio(target: Target, shape: ModelShape, kept_at: Callable[[float], Kep
         middle = _probe(low, high, sizes, target.limit, step)
         low, high = (low, middle) if meets(middle) else (middle, high)
     if high not in sizes:
-        largest = max(low, 0) / STEPS
-        least = target.size(shape, kept_at(largest))
+        kept = kept_at(max(low, 0) / STEPS)
+        stay = sum(len(units) * shape.unit_parameters(module) for (_, module), units in kept.items())
+        share = 1 - stay / sum(shape.prunable(module) for module in MODULES)
         raise UsageError(
-            f"{target.option} {target.limit:,} can't be reached: these options remove at most {largest:.4f} of the "
-            f"prunable weights, which leaves {least:,} {target.unit}"
+            f"{target.option} {target.limit:,} can't be reached: these options remove at most {share:.4f} of the "
+            f"prunable weights, which leaves {target.size(shape, kept):,} {target.unit}"
         )
     return high / STEPS
 
