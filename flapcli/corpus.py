@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,7 +64,7 @@ def check_source(source: str, option: str, names: Sequence[str] = NAMED) -> None
     path = Path(source)
     if path.suffix not in FILE_TYPES:
         raise UsageError(f"{option} {source}: give {', '.join(names)} or a file that ends in {', '.join(FILE_TYPES)}")
-    if not path.is_file():
+    if not isfile(path):  # which is False for what is too long to be a name
         raise UsageError(f"{option} {source}: no such file")
 
 
@@ -193,12 +194,14 @@ def _file_text(path: Path, column: str) -> str:
 
 def _jsonl_text(path: Path, column: str) -> str:
     rows: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines, which breaks strings at the separators of Unicode.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
-            rows.append(str(row[column]))
+            if row[column] is not None:
+                rows.append(str(row[column]))
         except (ValueError, TypeError) as error:
             raise FlapError(f"{path}, line {number}: not a JSON object") from error
         except KeyError as error:

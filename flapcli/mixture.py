@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os.path import isfile  # which is False, where Path.is_file raises, for what is too long to be a name
 
 from flapcli.corpus import NAMED, check_source, source_sha256
 from flapcli.errors import UsageError
@@ -26,9 +26,16 @@ class Mixture:
     def read(cls, text: str) -> "Mixture":
         """From what `combined` wrote, and stats files and pruned folders hold as their dataset."""
         parts = list(PART.finditer(text))
-        if Path(text).is_file() or len(parts) < 2 or "".join(part.group() for part in parts) != text:
+        if isfile(text) or len(parts) < 2 or "".join(part.group() for part in parts) != text:
             return cls((text,), (1.0,))
         return cls(tuple(part["source"] for part in parts), tuple(float(part["weight"]) for part in parts))
+
+    @property
+    def named(self) -> list[str]:
+        """Values of `--dataset` that `combined` makes this of."""
+        if len(self.sources) == 1:
+            return list(self.sources)
+        return [f"{source}:{weight:g}" for source, weight in zip(self.sources, self.weights, strict=True)]
 
     def counts(self, nsamples: int) -> list[int]:
         """Windows of each source, by largest remainder (the first named wins a tie); they sum to `nsamples`.
@@ -72,7 +79,7 @@ def combined(named: Sequence[str]) -> str:
         raise UsageError(f"--dataset {twice} is given twice: give it once, with a larger weight")
     if len(sources) == 1:
         return sources[0]
-    return "+".join(f"{s}:{w / sum(weights):.6g}" for s, w in zip(sources, weights, strict=True))
+    return "+".join(Mixture(sources, tuple(float(f"{w / sum(weights):.6g}") for w in weights)).named)
 
 
 def _source_and_weight(value: str) -> tuple[str, float]:
@@ -81,7 +88,7 @@ def _source_and_weight(value: str) -> tuple[str, float]:
         weight = float(tail)
     except ValueError:
         return value, 1.0
-    if not colon or Path(value).is_file():
+    if not colon or isfile(value):
         return value, 1.0
     if not 0 < weight < math.inf:
         raise UsageError(f"--dataset {value}: a weight is a positive number")

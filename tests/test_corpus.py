@@ -36,6 +36,16 @@ def test_file_types_give_the_same_windows(tmp_path):
     assert whole.flatten().tolist() == ids[: len(ids) // 10 * 10]
 
 
+def test_jsonl_lines_end_at_newlines_alone(tmp_path):
+    """Strings may hold Unicode's line separators as they are; a row without a text counts for nothing."""
+    rows = ["one\u2028two three four", None, "five\x85six seven eight nine ten eleven"]
+    lines = [json.dumps({"text": row}, ensure_ascii=False) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    (tmp_path / "a.txt").write_text(f"{rows[0]}\n\n{rows[2]}", encoding="utf-8", newline="")
+    one, two = (calibration_windows(str(tmp_path / name), TOKENIZER, 4, 4, 0) for name in ("a.jsonl", "a.txt"))
+    assert one.tolist() == two.tolist()
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_missing_column_is_named(tmp_path, kind):
     write_all_types(tmp_path, "body")

@@ -155,6 +155,9 @@ def test_cache_and_foreign_files(tiny, prune, flap, tmp_path):
     assert "up to date" in again.stderr
     assert json.loads(again.stdout) == first
     assert (run / "pruned.gguf").stat().st_mtime_ns == before
+    (run / "pruned.Modelfile").unlink()
+    assert "written" in flap("export", "gguf", "-d", run).stderr
+    assert (run / "pruned.Modelfile").exists()
     assert "written" in flap("export", "gguf", "-d", run, "--force").stderr
     assert "written" in flap("export", "gguf", "-d", run, "--outtype", "bf16").stderr
     writer = GGUFWriter(run / "pruned.gguf", "llama")

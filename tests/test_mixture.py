@@ -82,6 +82,15 @@ def test_misuse_is_one_line(flap, tmp_path, text_file):
     assert not (tmp_path / "run").exists()
 
 
+def test_many_texts_and_their_names_once_more(tmp_path):
+    """The joined name may be longer than a file's may be, and its parts give it again."""
+    named = [str(tmp_path / f"{'text' * 8}{i}.txt:{i + 1}") for i in range(12)]
+    text = combined(named)
+    assert len(Mixture.read(text).sources) == 12
+    assert combined(Mixture.read(text).named) == text
+    assert combined(Mixture.read("pydoc").named) == "pydoc"
+
+
 def windows_of(folder, dataset, nsamples, out):
     options = CalibrateOptions(dataset, nsamples, 24, 3)
     texts = Texts(out, open_checkpoint(str(folder)), options, CPU, torch.float32, None, False)

@@ -8,7 +8,7 @@ from flapcli.checkpoint.gguf import GgufCheckpoint
 from flapcli.checkpoint.safetensors import SafetensorsCheckpoint
 from flapcli.checkpoint.source import DEMO, Hub, locate
 
-__all__ = ["DEMO", "Checkpoint", "Hub", "locate", "open_checkpoint"]
+__all__ = ["DEMO", "Checkpoint", "GgufCheckpoint", "Hub", "locate", "open_checkpoint"]
 
 
 def open_checkpoint(name: str, hub: Hub | None = None) -> Checkpoint:

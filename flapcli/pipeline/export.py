@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli import __version__
-from flapcli.checkpoint import Checkpoint, GgufCheckpoint, Hub, open_checkpoint
+from flapcli.checkpoint import DEMO, Checkpoint, GgufCheckpoint, Hub, open_checkpoint
 from flapcli.checkpoint.gguf import metadata_string
 from flapcli.errors import FlapError
 from flapcli.export.kquants import advice
@@ -31,7 +31,8 @@ def run_export_gguf(
         "outtype": outtype,
     }
     found = _existing(out)
-    if not (cached := bool(found and not force and _same(found, made_by))):
+    same = found is not None and _same(found, made_by) and _modelfile_of(out).exists()
+    if not (cached := same and not force):
         _write(out, checkpoint, made_by, progress)
     told = {
         "path": str(out),
@@ -76,6 +77,8 @@ def _source_gguf(checkpoint: Checkpoint) -> GgufCheckpoint | None:
     """The GGUF at the beginning of a pruned folder's history, where it is still there and still the same."""
     while made_by := (checkpoint.config.get("flap") or {}).get("made_by"):
         recorded = made_by["model"]
+        if recorded["name"] != DEMO and not Path(recorded["name"]).exists():
+            return None  # gone, or on the hub, which would send all of its weights; flap takes no GGUF file from there
         try:
             checkpoint = open_checkpoint(recorded["name"], Hub(recorded.get("revision")))
             if checkpoint.fingerprint != recorded["fingerprint"]:

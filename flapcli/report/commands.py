@@ -4,16 +4,21 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from flapcli.mixture import Mixture
 from flapcli.plan import Plan
 from flapcli.stats import StatsHeader
 from flapcli.target import recorded
 
-APPLY = ("compensate", "sequential", "mask_only", "dtype", "max_shard_size")
+APPLY = ("compensate", "sequential", "mask_only", "remote_code", "dtype", "max_shard_size")
 
 
 def calibrate_command(header: StatsHeader, run_dir: str) -> str:
-    options = {key: value for key, value in header.settings.items() if key != "text_column" or value != "text"}
-    return _join("calibrate", [header.model.name], run_dir, options | {"revision": header.model.revision})
+    options: dict[str, Any] = header.settings | {
+        "dataset": Mixture.read(header.calibration.dataset).named,
+        "text_column": _column(header.settings),
+        "revision": header.model.revision,
+    }
+    return _join("calibrate", [header.model.name], run_dir, options)
 
 
 def plan_command(plan: Plan, run_dir: str) -> str:
@@ -38,6 +43,7 @@ def eval_command(settings: Mapping[str, Any], run_dir: str) -> str:
         "perplexity": settings.get("perplexity", []),
         "tasks": ",".join(settings.get("tasks") or []) or None,
         **{key: settings.get(key) for key in ("include_path", "limit", "num_fewshot", "seqlen", "dtype")},
+        "text_column": _column(settings),
         "no_baseline": settings.get("baseline") is None,
     }
     speed = settings.get("speed")
@@ -51,6 +57,12 @@ def eval_command(settings: Mapping[str, Any], run_dir: str) -> str:
             "threads": speed["threads"],
         }
     return _join("eval", [], run_dir, options)
+
+
+def _column(settings: Mapping[str, Any]) -> str | None:
+    """`--text-column` where it is not the default."""
+    column = settings.get("text_column")
+    return None if column == "text" else column
 
 
 def _join(command: str, arguments: list[str], run_dir: str, options: Mapping[str, Any]) -> str:
