@@ -16,7 +16,6 @@ from flapcli.shape import MODULES, ModelShape, Module
 Key = tuple[int, Module]
 Counts = dict[Key, int]
 Kept = dict[Key, NDArray[np.int64]]
-STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def _ul_mm(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
 def _al_mm(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
     """The remove_heads lowest heads of the whole model, and the neurons that make up the rest."""
     heads = request.remove_heads or 0
-    per_layer = sum(shape.prunable(m) for m in MODULES) / shape.num_layers
+    per_layer = shape.prunable_weights / shape.num_layers
     rest = shape.num_layers * request.ratio * per_layer - shape.unit_parameters("attention") * heads
     neurons = _neurons(rest, shape, request)
     removed: Counts = {}
@@ -81,7 +80,7 @@ def _al_mm(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
 def _al_am(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
     """Heads and neurons in one list, each weighing its parameters; the lowest go until the share is gone."""
     candidates = _ascending(scores, request)
-    target = request.ratio * sum(shape.prunable(module) for module in MODULES)
+    target = request.ratio * shape.prunable_weights
     gone = np.cumsum([shape.unit_parameters(module) for _, module in candidates], dtype=np.int64)
     if target > 0 and (len(gone) == 0 or gone[-1] < target):
         raise _unreachable(request, f"at most {(gone[-1] if len(gone) else 0) / target * request.ratio:.4f} can go")
@@ -131,10 +130,10 @@ def _check_reached(shape: ModelShape, removed: Counts, request: Request) -> None
     blocks: dict[Module, int] = {"attention": request.heads_multiple_of, "mlp": request.round_to}
     if request.structure.startswith("UL") or max(blocks.values()) == 1:
         return
-    prunable = sum(shape.prunable(module) for module in MODULES)
     gone = sum(count * shape.unit_parameters(module) for (_, module), count in removed.items())
-    if request.ratio * prunable - gone > max(shape.unit_parameters(m) * block for m, block in blocks.items()):
-        raise _unreachable(request, f"in these multiples at most {gone / prunable:.4f} can go")
+    largest = max(shape.unit_parameters(module) * block for module, block in blocks.items())
+    if request.ratio * shape.prunable_weights - gone > largest:
+        raise _unreachable(request, f"in these multiples at most {gone / shape.prunable_weights:.4f} can go")
 
 
 def _to_multiples(shape: ModelShape, scores: UnitScores, removed: Counts, request: Request) -> Counts:
@@ -144,7 +143,7 @@ def _to_multiples(shape: ModelShape, scores: UnitScores, removed: Counts, reques
         kept |= _apportion(kept, "attention", shape, request.heads_multiple_of, request)
         if request.structure.startswith("AL"):  # the neurons make up for what rounding the heads moved
             gone = sum(shape.units(*key) - kept[key] for key in kept if key[1] == "attention")
-            total = request.ratio * sum(shape.prunable(module) for module in MODULES)
+            total = request.ratio * shape.prunable_weights
             rest = max(total - gone * shape.unit_parameters("attention"), 0.0)
             lowest = _ascending({key: s for key, s in scores.items() if key[1] == "mlp"}, request)
             counts = _count(scores, lowest[: round(rest / shape.unit_parameters("mlp"))], "mlp")

@@ -14,10 +14,8 @@ from flapcli.errors import FlapError
 from flapcli.plan import Plan
 from flapcli.progress import Progress
 from flapcli.rundir import require_space
-from flapcli.safetensors_io import TensorSpec
+from flapcli.safetensors_io import DTYPE_CODES, TensorSpec
 from flapcli.shape import MODULES, Module
-
-DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)

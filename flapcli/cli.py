@@ -24,12 +24,14 @@ def _global(version: o.Version = False, debug: o.Debug = False) -> None:
 
 @command
 def show(
-    path: Path = typer.Argument(RUN, metavar="[DIR|FILE]", help="Run folder, stats, plan, checkpoint or eval.json."),
+    path: Path = typer.Argument(
+        RUN, metavar="[DIR|FILE]", help="Run folder, stats, plan, checkpoint or another artifact."
+    ),
     plot: o.Plot = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Say what is in a run, a stats file, a plan, a checkpoint or an eval.json."""
+    """Say what is in a run, a stats file, a plan, a checkpoint, eval.json, sweep.json or self.json."""
     from flapcli import console
     from flapcli.show import inspect
 

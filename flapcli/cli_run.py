@@ -65,7 +65,7 @@ def run(
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import refuse_several_processes
     from flapcli.pipeline.evaluate import EvalOptions
-    from flapcli.presets import preset_of
+    from flapcli.presets import adds_bias, preset_of
     from flapcli.target import target_of
 
     refuse_several_processes()
@@ -80,7 +80,6 @@ def run(
     target = target_of(ratio, target_params, target_size, counted, None, method)
     if target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {target.option}")
-    biases = fitted == "bias" or (fitted == "lstsq" and with_bias)
     gram, fisher = needed(metric, compensate, gram, fisher)  # what the preset needs, calibrate sees itself
     shared: dict[str, Any] = {"run_dir": run_dir, "force": force}
     preset_: dict[str, Any] = {"preset": preset}
@@ -94,7 +93,7 @@ def run(
                 "remove_heads": remove_heads, "round_to": round_to, "heads_multiple_of": heads_multiple_of,
                 "allow_empty": allow_empty, "attention_exponent": attention_exponent,
                 "target_params": target_params, "target_size": target_size,
-                "dtype": counted, "target_biases": biases if target and fitted else None}),
+                "dtype": counted, "target_biases": adds_bias(fitted, with_bias) if target and fitted else None}),
         (apply, preset_ | {"compensate": compensate, "ridge": ridge, "bias": bias, "mask_only": mask_only,
                  "remote_code": remote_code, "max_shard_size": max_shard_size, "dtype": store_dtype,
                  "sequential": sequential, "batch_size": batch_size, "device": device} | hub),

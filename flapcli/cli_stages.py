@@ -169,7 +169,7 @@ def eval_(
     baseline: o.Baseline = True,
     batch_size: o.BatchSize = "auto",
     device: o.Device = "auto",
-    dtype: o.RunDtype = "auto",
+    dtype: o.EvalRunDtype = "auto",
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,

@@ -55,7 +55,8 @@ def sweep(
     """Plan, apply and eval several ratios from one calibration -> DIR/sweep.json and DIR/sweep/.
 
     Perplexity over size as a table and a plot, drawn to DIR/sweep/sweep.svg too. Interrupted, it goes on where it
-    stopped. Each ratio's plan and evaluation stay in DIR/sweep/RATIO/. lstsq turns --gram on.
+    stopped. Each ratio's plan and evaluation stay in DIR/sweep/RATIO/. Calibrate keeps what metric and compensation
+    need, untold.
     """
     from flapcli.allocate import Request
     from flapcli.checkpoint import Hub

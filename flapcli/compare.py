@@ -10,6 +10,7 @@ from flapcli.errors import FlapError
 from flapcli.evaluate.report import EvalReport, Measurement, load_report
 from flapcli.evaluate.suite import main_metric
 from flapcli.plan import Plan, format_ranges, load_plan
+from flapcli.report.commands import APPLY
 from flapcli.rundir import RunDir
 from flapcli.shape import MODULES
 from flapcli.stats import StatsHeader, load_header
@@ -79,7 +80,7 @@ def _choices(plan: Plan) -> dict[str, Any]:
 
 def _application(config: Path) -> dict[str, Any]:
     made_by = (json.loads(config.read_bytes()).get("flap") or {}).get("made_by", {})
-    return {name: made_by[name] for name in ("compensate", "sequential", "mask_only") if name in made_by}
+    return {name: made_by[name] for name in APPLY if name in made_by}
 
 
 def _evaluation(report: EvalReport) -> dict[str, Any]:

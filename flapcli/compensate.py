@@ -10,8 +10,6 @@ import torch
 
 from flapcli.errors import FlapError
 
-DEFAULT_RIDGE = 0.01
-
 
 @dataclass(frozen=True)
 class Fit:

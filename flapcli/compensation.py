@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.compensate import DEFAULT_RIDGE, Fit, least_squares, mean_bias, no_compensation
+from flapcli.compensate import Fit, least_squares, mean_bias, no_compensation
 from flapcli.plan import Plan
+from flapcli.presets import adds_bias
 from flapcli.shape import Module
 from flapcli.stats import Stats
 
@@ -33,7 +34,7 @@ class Compensation:
 
     kind: str
     stats: Stats | None = None
-    ridge: float = DEFAULT_RIDGE
+    ridge: float = 0.0
     lstsq_bias: bool = True
     errors: dict[tuple[int, Module], tuple[float, float]] = field(default_factory=dict)
     raised: dict[tuple[int, Module], float] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class Compensation:
 
     @property
     def adds_bias(self) -> bool:
-        return self.kind == "bias" or (self.kind == "lstsq" and self.lstsq_bias)
+        return adds_bias(self.kind, self.lstsq_bias)
 
     def fit(self, weight: torch.Tensor | None, cut: Cut) -> Fit:
         """The kept columns of an output projection (None: it has no channels) and what its bias gains."""

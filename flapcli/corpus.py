@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flapcli.errors import FlapError, UsageError
+from flapcli.errors import FlapError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,9 +171,8 @@ def _hub_rows(name: str, split: Split) -> Sequence[str]:
     try:
         rows = datasets.load_dataset(text.repo, text.config, split=text.splits[split], **files)
     except Exception as error:  # datasets raises a dozen kinds, among them bare ValueError and OSError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FlapError(
-            f"{name} ({text.repo} on the hub) can't be loaded and is not in datasets' cache: {reason}; "
+            f"{name} ({text.repo} on the hub) can't be loaded and is not in datasets' cache: {first_line(error)}; "
             "without a network use `pydoc` or a .txt, .jsonl or .parquet file"
         ) from error
     return rows[text.column]

@@ -35,6 +35,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def pick_eval_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `--dtype` where models are measured: by itself float32 on a CPU, so that figures are exact."""
+    return torch.float32 if name == "auto" and device.type == "cpu" else pick_dtype(name, device)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -20,17 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.compensate import DEFAULT_RIDGE, factor
+from flapcli.compensate import factor
 from flapcli.progress import Advance
 from flapcli.shape import Module
 from flapcli.stats import Eliminate, Vector
 
+RIDGE = 0.01  # that of the closed form, which is what stands in
 AT_ONCE = 0.02  # of a module's units go between two fits: one by one would take as many fits as there are units
 
 
-def eliminate(
-    weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, ridge: float = DEFAULT_RIDGE
-) -> torch.Tensor:
+def eliminate(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
     """E_u of every unit at its going, or that of a unit before it where that is higher; float64 (units,).
 
     So the order of the values is the order of elimination, but for ties, and a threshold on them cuts every module

@@ -1,5 +1,10 @@
 """The errors that users see: one line each, with the exit code of the contract."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class FlapError(Exception):
     """A failure: what is wrong, which file or option, what to do. Exit code 1."""
@@ -15,3 +20,13 @@ class UsageError(FlapError):
 
 class UnreachableError(UsageError):
     """More is to be removed than can go; less of it may do, so that a search turns back here."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def problems(error: "ValidationError") -> str:
+    """The first of all that pydantic found wrong, each with its place, on one line."""
+    return "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:8])

@@ -62,7 +62,7 @@ def write_companions(
         config |= {"architectures": [family.architecture]} | stock.fields
     else:
         name = f"Flap{family.architecture}"
-        config |= depth.fields | {
+        config |= {
             "architectures": [name],
             "auto_map": {"AutoModelForCausalLM": f"{MODELING[:-3]}.{name}"},
         }
@@ -78,7 +78,7 @@ def write_companions(
 def _describe(family: Family, module: Module, shape: ModelShape) -> dict[str, Any]:
     """The family's description of a module as modeling.py reads it, so that it knows no family itself."""
     description = family.module(module)
-    rows = {size: 1 if module == "mlp" else shape.head_dim for size in description.producers.values()}
+    rows = {size: shape.rows_per(size) for size in description.producers.values()}
     channels = "intermediate_size" if module == "mlp" else "num_attention_heads"
     return {
         "kind": module,

@@ -108,15 +108,17 @@ class Front:
 class Layers:
     """Layers in order, each with its weights for the time it is used; the next one is read ahead by a thread."""
 
-    def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device) -> None:
-        self.checkpoint, self.model, self.device = checkpoint, model, device
+    def __init__(
+        self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device, norms: bool = False
+    ) -> None:
+        self.checkpoint, self.model, self.device, self.norms = checkpoint, model, device, norms
 
     def from_(self, start: int) -> Iterator[tuple[int, torch.nn.Module, dict[Module, Norms | None]]]:
         """All layers from `start` on, as `over` gives them."""
         return self.over(range(start, self.checkpoint.shape.num_layers))
 
     def over(self, order: Sequence[int]) -> Iterator[tuple[int, torch.nn.Module, dict[Module, Norms | None]]]:
-        """Index, module with weights on the device, and norms of its output projections, of layers in this order."""
+        """Index, module with weights on the device, and norms of its output projections if asked for, in this order."""
         with ThreadPoolExecutor(1) as reader:
             ahead: Future[tuple[Weights, dict[Module, Norms | None]]] | None = None
             for place, index in enumerate(order):
@@ -141,7 +143,7 @@ class Layers:
             if name.startswith(prefix):
                 local = name.removeprefix(prefix)
                 tensor = self.checkpoint.read(name)
-                if local in outputs:
+                if self.norms and local in outputs:
                     norms[outputs[local]] = Norms.of(tensor)
                 weights[local] = tensor.to(dtypes.get(local, tensor.dtype))
         give_back()

@@ -6,8 +6,7 @@ from transformers.utils import logging
 
 from flapcli import modeling
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.checkpoint.folder import first_line
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, first_line
 
 
 def quiet_transformers() -> None:

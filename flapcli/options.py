@@ -110,7 +110,7 @@ MetricOption = Annotated[
     Metric | None,
     typer.Option(help="Score of a channel, or of a unit by what the loss feels of it: FISHER (needs `calibrate "
                  "--fisher`), or FISHER-OBS: of a head once those that stay stand in for it (needs `calibrate "
-                 "--gram --fisher`) [default: WIFV]."),
+                 "--gram --fisher`) [default: WIFV; FISHER-OBS by --preset best]."),
 ]  # fmt: skip
 StructureOption = Annotated[
     Structure | None,
@@ -194,7 +194,7 @@ TargetDtype = Annotated[
 TargetBiases = Annotated[
     bool | None,
     typer.Option("--target-biases/--no-target-biases", help="For targets: count the biases that compensation adds "
-                 "[default: for flap, not for baselines, as apply adds them by default]."),
+                 "[default: as apply adds them by default: for flap, not for baselines or --preset best]."),
 ]  # fmt: skip
 StoreDtype = Annotated[
     StoredDtype | None,
@@ -210,7 +210,8 @@ Outtype = Annotated[
 Perplexity = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text to read perplexity on, as for --dataset; repeatable [default: the calibration text's test part]."
+        help="Text to read perplexity on: wikitext2, ptb, c4, pydoc or a .txt, .jsonl or .parquet file; repeatable "
+        "[default: the calibration text's test part]."
     ),
 ]
 Baseline = Annotated[bool, typer.Option("--baseline/--no-baseline", help="Measure the dense model beside it.")]

@@ -10,7 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, problems
 from flapcli.rundir import atomic_file
 from flapcli.shape import MODULES, LayerShape, ModelShape, Module
 
@@ -193,10 +193,9 @@ def load_plan(path: Path) -> Plan:
     try:
         plan = Plan.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:8])
-        raise FlapError(f"{path}: {problems}") from error
-    if problems := "; ".join(_problems(plan)):
-        raise FlapError(f"{path}: {problems}")
+        raise FlapError(f"{path}: {problems(error)}") from error
+    if wrong := "; ".join(_problems(plan)):
+        raise FlapError(f"{path}: {wrong}")
     parameters = _parameters(plan.layers, plan.parameters.model, plan.parameters.per_unit)
     return plan.model_copy(update={"parameters": parameters, "ratio": _ratio(plan.ratio.requested, parameters)})
 

@@ -10,6 +10,11 @@ from flapcli.mixture import SELF, combined
 Compensate = Literal["none", "bias", "lstsq"]
 
 
+def adds_bias(compensate: str | None, with_bias: bool) -> bool:
+    """Whether a compensation adds biases, `with_bias` being --bias of lstsq."""
+    return compensate == "bias" or (compensate == "lstsq" and with_bias)
+
+
 @dataclass(frozen=True)
 class Preset:
     """What the stages do where the command line leaves it open; None leaves it to the option's own default.
@@ -27,7 +32,7 @@ class Preset:
     @property
     def adds_bias(self) -> bool | None:
         """Whether compensation adds biases; None where the method decides."""
-        return self.bias if self.compensate else None
+        return adds_bias(self.compensate, self.bias) if self.compensate else None
 
     def compensation(
         self, compensate: Compensate | None, bias: bool | None, sequential: bool | None

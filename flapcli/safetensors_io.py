@@ -20,6 +20,7 @@ ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MAX_HEADER = 100_000_000  # the library's own limit
 
 

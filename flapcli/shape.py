@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 Module = Literal["attention", "mlp"]
 MODULES: tuple[Module, Module] = ("attention", "mlp")
+Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
 
 
 class LayerShape(NamedTuple):
@@ -75,6 +76,10 @@ class ModelShape(BaseModel):
         """Channels of the output projection's input that one unit owns."""
         return 1 if module == "mlp" else self.query_heads_per_group * self.head_dim
 
+    def rows_per(self, size: Size) -> int:
+        """Rows of a producing projection for one of what `size` counts: a head's channels, or a neuron."""
+        return 1 if size == "intermediate_size" else self.head_dim
+
     def unit_parameters(self, module: Module) -> int:
         """Weights that go with one unit (METHOD.md, AL-AM): (2g + 2) h d, or 3h for a gated neuron.
 
@@ -93,6 +98,11 @@ class ModelShape(BaseModel):
     def prunable(self, module: Module) -> int:
         """Weights of all units of this kind of module in the whole model."""
         return self.unit_parameters(module) * sum(self.units(i, module) for i in range(self.num_layers))
+
+    @property
+    def prunable_weights(self) -> int:
+        """Weights of all units of the whole model."""
+        return sum(self.prunable(module) for module in MODULES)
 
     def prunable_layer(self, layer: int) -> int:
         """Weights of all units of both modules of a layer."""

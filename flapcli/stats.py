@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, problems
 from flapcli.rundir import atomic_file
 from flapcli.safetensors_io import Header, StreamWriter, TensorSpec, read_header, read_into
 from flapcli.shape import MODULES, ModelShape, Module
@@ -113,7 +113,7 @@ class Stats:
 
 
 def expected_tensors(shape: ModelShape) -> Iterable[TensorSpec]:
-    """Name and shape of every vector that a stats file of this model holds, block influence apart."""
+    """Name and shape of every module's moments and norms."""
     for layer in range(shape.num_layers):
         yield from _module_tensors(shape, layer, None)
 
@@ -335,8 +335,7 @@ def _header_and_specs(path: Path) -> tuple[StatsHeader, dict[str, TensorSpec]]:
     try:
         header = StatsHeader.model_validate(json.loads(found.metadata["flap"]))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise FlapError(f"{path}: its header is not of format {FORMAT}: {problems}") from error
+        raise FlapError(f"{path}: its header is not of format {FORMAT}: {problems(error)}") from error
     except ValueError as error:
         raise FlapError(f"{path} is corrupt: its header is not JSON") from error
     if len(header.model.layers) != header.model.num_layers:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.checkpoint.folder import first_line
 from flapcli.dropped import Depth
-from flapcli.families import Size
+from flapcli.errors import first_line
 from flapcli.safetensors_io import TensorSpec
 from flapcli.shape import MODULES, LayerShape, Module
 
@@ -46,7 +45,11 @@ def as_stock(
     if refusal := _refused(checkpoint, fields):
         return None, refusal
     zeros = [
-        TensorSpec(f"{family.layer.format(i=i)}.{producer}.bias", (_rows(checkpoint, layer, size),), dtype)
+        TensorSpec(
+            f"{family.layer.format(i=i)}.{producer}.bias",
+            (getattr(layer, size) * checkpoint.shape.rows_per(size),),
+            dtype,
+        )
         for i, (source, layer) in enumerate(zip(depth.stay, layers, strict=True))
         for module in wanted
         for producer, size in family.module(module).producers.items()
@@ -61,10 +64,6 @@ def _gains_bias(checkpoint: Checkpoint, module: Module, adds_bias: bool) -> bool
     if output in checkpoint.config.get("flap", {}).get("biases", []) and "modules" in checkpoint.config["flap"]:
         return True
     return adds_bias and f"{checkpoint.family.output(0, module)}.bias" not in checkpoint.tensors
-
-
-def _rows(checkpoint: Checkpoint, layer: LayerShape, size: Size) -> int:
-    return getattr(layer, size) * (1 if size == "intermediate_size" else checkpoint.shape.head_dim)
 
 
 def _refused(checkpoint: Checkpoint, fields: dict[str, Any]) -> str | None:

@@ -40,7 +40,7 @@ class Streaming(Walk):
             self._embed()
         else:
             self.hidden.restore(start)
-        for index, layer, norms in Layers(self.checkpoint, self.model, self.device).from_(start):
+        for index, layer, norms in Layers(self.checkpoint, self.model, self.device, norms=True).from_(start):
             self._layer(index, layer, advance)
             if self.recorder.fisher or index + 1 < count:
                 self.hidden.save(index + 1)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, problems
 from flapcli.rundir import atomic_file
 
 FORMAT: Literal["flap-sweep/1"] = "flap-sweep/1"
@@ -63,5 +63,7 @@ def load_sweep(path: Path) -> Sweep:
         return Sweep.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise FlapError(f"no sweep at {path}: run `flap sweep` first") from error
-    except (OSError, ValidationError) as error:
-        raise FlapError(f"{path} is not of format {FORMAT}: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise FlapError(f"{path} is not of format {FORMAT}: {problems(error)}") from error
+    except OSError as error:
+        raise FlapError(f"cannot read {path}: {error.strerror}") from error

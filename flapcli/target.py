@@ -10,11 +10,10 @@ from typing import Any
 from flapcli.checkpoint.write import parse_size
 from flapcli.errors import FlapError, UnreachableError, UsageError
 from flapcli.families import families
-from flapcli.safetensors_io import TensorSpec
+from flapcli.safetensors_io import DTYPE_CODES, ITEM_SIZE, TensorSpec
 from flapcli.shape import MODULES, ModelShape, Module
 
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STEPS = 10**9  # ratios are searched in billionths, less than a neuron of any model
 
 Kept = Mapping[tuple[int, Module], Sized]
@@ -71,7 +70,7 @@ class Target:
         if self.option == "--target-params":
             return shape.parameters - removed + added
         if self.dtype:
-            return (shape.parameters - removed + added) * ITEM_BYTES[self.dtype]
+            return (shape.parameters - removed + added) * ITEM_SIZE[DTYPE_CODES[self.dtype]]
         if shape.weights is None:
             raise FlapError(
                 "these statistics do not say what the weights are stored in (an older flap made them): give --dtype, "
@@ -156,7 +155,7 @@ def find_ratio(target: Target, shape: ModelShape, kept_at: Callable[[float], Kep
     if high not in sizes:
         kept = kept_at(max(low, 0) / STEPS)
         stay = sum(len(units) * shape.unit_parameters(module) for (_, module), units in kept.items())
-        share = 1 - stay / sum(shape.prunable(module) for module in MODULES)
+        share = 1 - stay / shape.prunable_weights
         raise UsageError(
             f"{target.option} {target.limit:,} can't be reached: these options remove at most {share:.4f} of the "
             f"prunable weights, which leaves {target.size(shape, kept):,} {target.unit}"

@@ -51,11 +51,8 @@ class LlamaCpp:
         assert found["id"] == forced
         return found
 
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        return self._post("/tokenize", {"content": text, "add_special": add_special})["tokens"]
-
-    def detokenize(self, ids: list[int]) -> str:
-        return self._post("/detokenize", {"tokens": ids})["content"]
+    def tokenize(self, text: str) -> list[int]:
+        return self._post("/tokenize", {"content": text, "add_special": True})["tokens"]
 
     def apply_template(self, messages: list[dict[str, str]]) -> str:
         return self._post("/apply-template", {"messages": messages})["prompt"]

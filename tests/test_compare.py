@@ -1,8 +1,10 @@
 """Runs side by side, and plans apart."""
 
 import json
+import shutil
 
 import pytest
+from edits import edit_keep
 
 from flapcli.plan import load_plan
 
@@ -40,12 +42,8 @@ def test_compare_needs_two_evaluated_runs(runs, flap, tiny, prune, tmp_path):
 
 def test_diff_names_the_very_units(runs, flap, tmp_path):
     path = runs[0] / "plan.yaml"
-    edited = tmp_path / "edited.yaml"
-    lines = path.read_text().splitlines()
-    for place, line in enumerate(lines):
-        if line.strip() == "- index: 1":
-            lines[place + 2] = lines[place + 2].split("keep:")[0] + 'keep: "0-1,5"}'
-    edited.write_text("\n".join(lines))
+    edited = shutil.copy(path, tmp_path)
+    edit_keep(tmp_path, (1, "mlp"), keep="0-1,5")
     kept = set(load_plan(path).kept(1, "mlp").tolist())
     found = json.loads(flap("diff", path, edited, "--json").stdout)
     [layer] = found["layers"]

@@ -9,9 +9,10 @@ import torch
 from edits import edit_keep
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from models import CONFIGS, GQA, SIZES, make_tiny
+from test_apply import load_pruned
 from tokenizers import pre_tokenizers
 from tokenizers_like import PRE, VOCABULARY, byte_level, sentencepiece_like
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from flapcli import modeling
 from flapcli.checkpoint import open_checkpoint
@@ -41,16 +42,10 @@ def more_configs():
         yield
 
 
-def load(folder: Path):
-    config = json.loads((folder / "config.json").read_text())
-    loader = getattr(modeling, config["architectures"][0]) if "auto_map" in config else AutoModelForCausalLM
-    return loader.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def assert_same_function(gguf: Path, folder: Path) -> None:
     """Log probabilities of every token after texts of several lengths, within 1e-3 where they reach to -15."""
     with torch.no_grad():
-        expected = load(folder)(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
+        expected = load_pruned(folder)(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy()
     assert expected.min() < -10
     loaded = llamacpp.LlamaCpp(gguf, 320)
     for length in (1, 2, 10, 50, 120):
@@ -110,7 +105,7 @@ def test_stored_types(outtype, tiny, prune, flap, tmp_path):
 
 def test_values_beyond_float16_are_refused(tiny, prune, flap, tmp_path):
     run = prune(tiny("llama-gqa"), tmp_path / "run")
-    model = load(run / "pruned")
+    model = load_pruned(run / "pruned")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "big")
@@ -324,7 +319,7 @@ def demo(flap, tmp_path_factory):
 def test_the_real_model_at_f16(demo, flap):
     """Perplexity within 1% (0.01% seen), the same next token on 97% (99.4% seen), the same text out."""
     flap("export", "gguf", "-d", demo)
-    tokenizer, model = AutoTokenizer.from_pretrained(demo / "pruned"), load(demo / "pruned")
+    tokenizer, model = AutoTokenizer.from_pretrained(demo / "pruned"), load_pruned(demo / "pruned")
     loaded = llamacpp.LlamaCpp(demo / "pruned.gguf", 49152)
     expected, found, same = [], [], []
     for row in evaluation_windows("pydoc", tokenizer, 128)[:4]:
@@ -367,7 +362,8 @@ def test_the_real_model_at_q8_0(demo, flap, tmp_path):
     checkpoint = open_checkpoint(str(demo / "pruned"))
     assert out.stat().st_size < 0.65 * 2 * checkpoint.shape.parameters
     row = evaluation_windows("pydoc", checkpoint.load_tokenizer(), 128)[0]
+    ids = torch.from_numpy(row)[None]
     with torch.no_grad():
-        expected = float(load(demo / "pruned")(torch.from_numpy(row)[None], labels=torch.from_numpy(row)[None]).loss)
+        expected = float(load_pruned(demo / "pruned")(ids, labels=ids).loss)
     found = -llamacpp.LlamaCpp(out, 49152).read(row.tolist())[0].mean()
     assert found == pytest.approx(expected, rel=0.02)

@@ -171,7 +171,7 @@ class Checkpoint(ABC):
                     continue
                 expected[f"{prefix}.{description.output}.weight"] = (shape.hidden_size, channels)
                 for producer, size in description.producers.items():
-                    rows = getattr(layer, size) * (1 if module == "mlp" else shape.head_dim)
+                    rows = getattr(layer, size) * shape.rows_per(size)
                     expected[f"{prefix}.{producer}.weight"] = (rows, shape.hidden_size)
                     expected[f"{prefix}.{producer}.bias"] = (rows,)
         return expected

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flapcli.checkpoint.base import architecture_digest
-from flapcli.checkpoint.folder import TORCH_NAMES, FolderCheckpoint, first_line
-from flapcli.errors import FlapError
+from flapcli.checkpoint.folder import TORCH_NAMES, FolderCheckpoint
+from flapcli.errors import FlapError, first_line
 from flapcli.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -79,8 +79,3 @@ def read_json(path: Path, otherwise: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FlapError(f"{path} is not a JSON object")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapcli.checkpoint.base import Checkpoint
-from flapcli.checkpoint.folder import first_line
 from flapcli.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, first_line
 from flapcli.families import Family, family_of_gguf
 from flapcli.rope import llama3_parameters, rope_of
 from flapcli.safetensors_io import TensorSpec

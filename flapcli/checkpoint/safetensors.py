@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flapcli.checkpoint.base import architecture_digest
-from flapcli.checkpoint.folder import TORCH_NAMES, FolderCheckpoint, first_line, read_json
+from flapcli.checkpoint.folder import TORCH_NAMES, FolderCheckpoint
 from flapcli.safetensors_io import Header, TensorSpec, read_header, read_into
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["SafetensorsCheckpoint", "first_line", "read_json"]
 
 
 class SafetensorsCheckpoint(FolderCheckpoint):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, problems
 from flapcli.rundir import atomic_file
 
 FORMAT: Literal["flap-eval/1"] = "flap-eval/1"
@@ -131,5 +131,7 @@ def load_report(path: Path) -> EvalReport:
         return EvalReport.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise FlapError(f"no evaluation at {path}: run `flap eval` first") from error
-    except (OSError, ValidationError) as error:
-        raise FlapError(f"{path} is not of format {FORMAT}: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise FlapError(f"{path} is not of format {FORMAT}: {problems(error)}") from error
+    except OSError as error:
+        raise FlapError(f"cannot read {path}: {error.strerror}") from error

@@ -18,7 +18,7 @@ from lm_eval.caching import cache
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, first_line
 from flapcli.evaluate.suite import files_sha256
 from flapcli.progress import Advance, Progress
 
@@ -225,4 +225,4 @@ def _stop_asking_the_hub() -> None:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return first_line(error)[:300]

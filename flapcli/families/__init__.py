@@ -7,14 +7,12 @@ which one consumes them, and which tensors stay whole. Adding a family that fits
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from flapcli.errors import FlapError
-from flapcli.shape import LayerShape, Module
-
-Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
+from flapcli.shape import LayerShape, Module, Size
 
 
 class _Description(BaseModel):

@@ -130,7 +130,7 @@ def _write_folder(
     from flapcli.stock import as_stock
 
     quiet_transformers()
-    ridge = RIDGES[fitting is not None] if options.ridge is None else options.ridge
+    ridge: float = made_by["ridge"]
     compensation = Compensation(made_by["compensate"], stats, RIDGES[False] if fitting else ridge, options.lstsq_bias)
     _say_of_rank(stats, made_by["compensate"], progress)
     work = jobs(checkpoint, plan, compensation, options.mask_only, options.dtype)

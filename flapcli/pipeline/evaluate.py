@@ -76,8 +76,7 @@ def run_eval(
         raise UsageError("--stream: tasks and speed need the whole model in memory; leave out --stream")
     found = _existing_report(out)
     manager = _checked_tasks(options, found)
-    local = Hub(trust_remote_code=hub.trust_remote_code)  # a folder's --revision is its dense model's
-    checkpoint = open_checkpoint(checkpoint_name, local if Path(checkpoint_name).exists() else hub)
+    checkpoint = open_measured(checkpoint_name, hub)
     made_by = made_by_of(checkpoint)
     texts = list(options.perplexity) or [_default_perplexity(checkpoint, made_by, progress)]
     dense = dense_of(made_by, model, hub) if options.baseline else None
@@ -139,13 +138,12 @@ def _measure(
 ) -> EvalReport:
     import torch
 
-    from flapcli.device import pick_device, pick_dtype
+    from flapcli.device import pick_device, pick_eval_dtype
     from flapcli.evaluate.measure import measure_model
     from flapcli.evaluate.speed import check_lengths
 
     device = pick_device(compute.device)
-    on_cpu = options.dtype == "auto" and device.type == "cpu"
-    dtype = torch.float32 if on_cpu else pick_dtype(options.dtype, device)
+    dtype = pick_eval_dtype(options.dtype, device)
     if compute.threads:
         torch.set_num_threads(compute.threads)
     if options.speed:
@@ -231,6 +229,11 @@ def calibration_text(dataset: str, default: str, progress: Progress) -> str:
         progress.note(f"reading perplexity on {text}, the very text of the calibration: it flatters the pruned model; "
                       "give another one by --perplexity")  # fmt: skip
     return text
+
+
+def open_measured(name: str, hub: Hub) -> Checkpoint:
+    """The checkpoint to measure; --revision and --cache-dir are its own on the hub, a folder's dense model's."""
+    return open_checkpoint(name, Hub(trust_remote_code=hub.trust_remote_code) if Path(name).exists() else hub)
 
 
 def made_by_of(checkpoint: Checkpoint) -> dict[str, Any]:

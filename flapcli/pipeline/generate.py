@@ -3,9 +3,9 @@
 import gc
 from dataclasses import dataclass
 
-from flapcli.checkpoint import Hub, open_checkpoint
+from flapcli.checkpoint import Hub
 from flapcli.pipeline.common import Compute
-from flapcli.pipeline.evaluate import dense_of, made_by_of
+from flapcli.pipeline.evaluate import dense_of, made_by_of, open_measured
 from flapcli.progress import Progress
 
 
@@ -32,11 +32,11 @@ def run_generate(
     progress: Progress,
 ) -> dict[str, str]:
     """Each model's continuation of `prompt`, as `dense` and `pruned` (or `model` alone)."""
-    checkpoint = open_checkpoint(checkpoint_name, Hub(trust_remote_code=hub.trust_remote_code))
+    checkpoint = open_measured(checkpoint_name, hub)
     dense = dense_of(made_by_of(checkpoint), model, hub) if baseline else None
     import torch
 
-    from flapcli.device import pick_device, pick_dtype
+    from flapcli.device import pick_device, pick_eval_dtype
     from flapcli.evaluate.generate import Sampling, continuation, encode
     from flapcli.loading import load_model, quiet_transformers
 
@@ -44,8 +44,7 @@ def run_generate(
     if compute.threads:
         torch.set_num_threads(compute.threads)
     device = pick_device(compute.device)
-    on_cpu = options.dtype == "auto" and device.type == "cpu"
-    dtype = torch.float32 if on_cpu else pick_dtype(options.dtype, device)
+    dtype = pick_eval_dtype(options.dtype, device)
     sampling = Sampling(options.max_new_tokens, options.sample, options.seed, options.temperature)
     said = {}
     for label, which in (("dense", dense), ("pruned" if dense else "model", checkpoint)):

@@ -136,7 +136,7 @@ class _Job:
             layers = [gram_bytes(shape, layer, self.gram) for layer in range(shape.num_layers)]
             self.progress.note(
                 f"Gram matrices take {sum(layers) / 1e9:.2f} GB on disk ({max(layers) / 1e9:.3f} GB a layer, "
-                f"{ {'F32': 'float32', 'BF16': 'bfloat16'}[self.gram] })"
+                f"{self.header.settings['gram_dtype']})"
             )
         states = self.windows.size * shape.hidden_size * self.dtype.itemsize
         if self.header.calibration.mode == "streamed" and self.fisher:  # and a layer's gradients

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, first_line
 from flapcli.pipeline.apply import existing_folder
 
 
@@ -27,6 +27,5 @@ def push(folder: Path, repo: str, private: bool) -> str:
         hint = "set HF_TOKEN to a token that may write" if status in (401, 403) else "see the hub's answer by --debug"
         raise FlapError(f"the hub refused {repo} ({status}): {hint}") from error
     except Exception as error:  # connection errors come from the HTTP library that huggingface_hub uses
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FlapError(f"{repo}: the hub can't be reached: {reason[0]}") from error
+        raise FlapError(f"{repo}: the hub can't be reached: {first_line(error)}") from error
     return str(address)

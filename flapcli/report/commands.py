@@ -9,7 +9,8 @@ from flapcli.plan import Plan
 from flapcli.stats import StatsHeader
 from flapcli.target import recorded
 
-APPLY = ("compensate", "sequential", "mask_only", "remote_code", "dtype", "max_shard_size")
+LSTSQ = ("ridge", "lstsq_bias")
+APPLY = ("compensate", *LSTSQ, "sequential", "mask_only", "remote_code", "dtype", "max_shard_size")
 
 
 def calibrate_command(header: StatsHeader, run_dir: str) -> str:
@@ -32,7 +33,7 @@ def plan_command(plan: Plan, run_dir: str) -> str:
 
 
 def apply_command(made_by: Mapping[str, Any], run_dir: str) -> str:
-    options = {key: made_by.get(key) for key in APPLY}
+    options = {key: made_by.get(key) for key in APPLY if key not in LSTSQ}
     if made_by.get("compensate") == "lstsq":
         options |= {"ridge": made_by.get("ridge"), "no_bias": made_by.get("lstsq_bias") is False}
     return _join("apply", [], run_dir, options)

@@ -73,7 +73,7 @@ def _svg(draw: Any, *arguments: Any) -> Markup | None:
 
 
 def number(value: Any) -> str:
-    """A figure as people read it: thousands set apart, four significant digits, a dash for what is missing."""
+    """A figure as people read it: thousands set apart, two decimals (four below 1), a dash for what is missing."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -9,18 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from typer.testing import CliRunner
+from paper import flap
 
-from flapcli.cli import app
 from flapcli.evaluate.report import load_report
 
 PLANS = ["--ratio 0.2", "--ratio 0.2 --round-to 32", "--ratio 0.5", "--ratio 0.5 --round-to 32"]
-
-
-def flap(*args: str) -> None:
-    result = CliRunner().invoke(app, args)
-    if result.exit_code:
-        sys.exit(f"flap {' '.join(args)}: {result.output}")
 
 
 def main() -> None:
