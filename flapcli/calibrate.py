@@ -15,7 +15,7 @@ from flapcli.device import Batches
 from flapcli.fisher import loss_gradient, track
 from flapcli.loading import load_model
 from flapcli.moments import Moments
-from flapcli.progress import Progress
+from flapcli.progress import Advance, Progress
 from flapcli.ranks import Ranks
 from flapcli.recording import Key, Norms, Recorder, complete, fisher, influence
 from flapcli.resume import Resume
@@ -80,14 +80,20 @@ def measure(
             states.backward(loss_gradient(model.get_output_embeddings(), states, ids))
         recorder.commit()
         ranks.check()
+
+    def taken(tokens: int, advance: Advance) -> None:
+        """Not in the step: out of memory here is no reason to take in the batch again."""
+        nonlocal done
+        done += tokens // windows.shape[1]
         if saved:
-            saved.after(part.stop)
+            saved.after(done)
+        advance(tokens)
 
     batches = Batches(windows.shape[1], device, batch_size, progress, backward=with_fisher)
     with torch.enable_grad() if with_fisher else torch.inference_mode():
         with progress.task("calibrate", windows.size, "tokens") as advance:
             advance(done * windows.shape[1])
-            batches.run(len(windows), step, advance, done)
+            batches.run(len(windows), step, lambda tokens: taken(tokens, advance), done)
         return _complete(checkpoint, recorder, ranks)
 
 

@@ -31,7 +31,7 @@ def model_card(config: dict[str, Any], plan: Plan, report: EvalReport | None) ->
     sections = [
         f"---\n{yaml.safe_dump(_metadata(made_by), sort_keys=False)}---",
         MARK,
-        f"# {Path(source).stem}, pruned by flap",
+        f"# {Path(source).name.removesuffix('.gguf')}, pruned by flap",
         _summary(plan, made_by),
         _table(plan, flap, made_by),
         _figures(report) if report else "",

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import typer
+
 from flapcli import options as o
 from flapcli.cli_stages import apply, calibrate, eval_, plan
 from flapcli.command import RUN, command
@@ -104,8 +106,13 @@ def run(
     from flapcli import console
     from flapcli.show import inspect
 
-    with console.silent_stdout(as_json):
-        for stage, own in stages:
-            stage(**shared, **own)
+    try:
+        with console.silent_stdout(as_json):
+            for stage, own in stages:
+                stage(**shared, **own)
+    except typer.Exit:  # a task that could not be run: all else is there to be told
+        if as_json and stage is eval_ and (run_dir / "eval.json").exists():
+            console.data({name: value for name, value, _ in inspect(run_dir)})
+        raise
     if as_json:
         console.data({name: value for name, value, _ in inspect(run_dir)})

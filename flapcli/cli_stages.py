@@ -184,6 +184,14 @@ def eval_(
     from flapcli.pipeline.evaluate import EvalOptions, SpeedSettings, run_eval
 
     path = out or run_dir / "eval.json"
+    o.only_with("--tasks", tasks is not None, {
+        "--limit": limit is not None, "--num-fewshot": num_fewshot is not None,
+        "--include-path": include_path is not None, "--cache-requests": cache_requests,
+    })  # fmt: skip
+    o.only_with("--speed", speed, {
+        "--speed-batch-sizes": speed_batch_sizes != "1", "--speed-lengths": speed_lengths != "128",
+        "--speed-new-tokens": speed_new_tokens != 16, "--speed-rounds": speed_rounds != 5,
+    })  # fmt: skip
     timed = SpeedSettings(
         o.numbers(speed_batch_sizes, "--speed-batch-sizes"), o.numbers(speed_lengths, "--speed-lengths"),
         speed_new_tokens, speed_rounds, threads,
@@ -197,6 +205,6 @@ def eval_(
         wanted, Compute(device, o.batch(batch_size), threads, stream), force, bars(), cache_requests,
     )  # fmt: skip
     tell(path, cached, as_json, report.model_dump(), "show_report", report)
-    if report.task_failures:
-        failed = ", ".join(report.task_failures)
+    if report.all_failures:
+        failed = ", ".join(report.all_failures)
         raise FlapError(f"not every task could be run ({failed}); the other results are in {path}")

@@ -187,8 +187,8 @@ def show_report(report: EvalReport) -> None:
     out.print(table)
     for line in speed_lines(report):
         out.print(Text(line), soft_wrap=True)
-    if report.task_failures:
-        out.print(Text(f"tasks that were not run: {', '.join(report.task_failures)}"), soft_wrap=True)
+    if report.all_failures:
+        out.print(Text(f"tasks that were not run: {', '.join(report.all_failures)}"), soft_wrap=True)
 
 
 def show_sweep(sweep: Sweep) -> None:

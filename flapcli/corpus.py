@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapcli.errors import FlapError, UsageError, first_line
+from flapcli.rundir import sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,8 +73,12 @@ def source_sha256(source: str) -> str | None:
     """Hash of a text on this machine; None for one from the hub."""
     if source in HUB_TEXTS:
         return None
-    data = _pydoc().encode() if source == "pydoc" else Path(source).read_bytes()
-    return hashlib.sha256(data).hexdigest()
+    if source == "pydoc":
+        return hashlib.sha256(_pydoc().encode()).hexdigest()
+    try:
+        return sha256(Path(source))
+    except OSError as error:
+        raise FlapError(f"cannot read {source}: {error.strerror}") from error
 
 
 def calibration_windows(

@@ -24,7 +24,10 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(
             f"--device {name}: this machine has none; use one of: {', '.join(k for k in present if present[k])}"
         )
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: no device; give cpu, cuda, cuda:0 or mps") from error
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

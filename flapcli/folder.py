@@ -68,11 +68,22 @@ def write_companions(
         }
         flap["modules"] = [_describe(family, module, checkpoint.shape) for module in MODULES]
         shutil.copyfile(modeling.__file__, folder / MODELING)
-    config |= {"dtype": dtype, "flap": flap | {"made_by": made_by}}
+    config |= _old_rope(config) | {"dtype": dtype, "flap": flap | {"made_by": made_by}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_plan(folder / "plan.yaml", plan)
     _write_tokenizer(folder, checkpoint)
     (folder / "README.md").write_text(model_card(config, plan, None), encoding="utf-8")
+
+
+def _old_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling beside the rope_parameters of transformers 5, which older readers do not know."""
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope or "rope_theta" in config:
+        return {}
+    scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"]} | (
+        {"rope_scaling": scaled} if scaled.get("rope_type", "default") != "default" else {}
+    )
 
 
 def _describe(family: Family, module: Module, shape: ModelShape) -> dict[str, Any]:

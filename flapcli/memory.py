@@ -44,13 +44,18 @@ def _cgroup_free(folder: Path) -> Iterable[int]:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library would keep it.
+    """Return freed memory to the system, where the C library or a GPU's allocator would keep it.
 
-    glibc before 2.38 hardly reuses freed aligned blocks, which tensors are: without this, memory grows by half of
-    every layer that is read and dropped.
+    What torch keeps of a GPU counts as taken when the next model is weighed against what is free. And glibc before
+    2.38 hardly reuses freed aligned blocks, which tensors are: memory would grow by half of every layer that is read
+    and dropped.
     """
     import ctypes
 
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim:
         trim(0)

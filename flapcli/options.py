@@ -258,10 +258,16 @@ def ratios(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
+def only_with(main: str, given: bool, others: dict[str, bool]) -> None:
+    """Raise UsageError where one of `others` is given without the option that it belongs to."""
+    if not given and (alone := [option for option, is_given in others.items() if is_given]):
+        raise UsageError(f"{alone[0]} is for {main}: give that too, or leave {alone[0]} out")
+
+
 def numbers(text: str, option: str) -> tuple[int, ...]:
     """`1,8` as (1, 8). Raises UsageError for anything but positive numbers."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"{option} {text}: give numbers of at least 1, separated by commas")
     return tuple(int(part) for part in parts)
 

@@ -46,7 +46,11 @@ class Ranks:
     def from_environment(cls, limit: float) -> "Ranks":
         """As torchrun says it in RANK and WORLD_SIZE; alone where it does not."""
         told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-        if None in told.values():
+        missing = [name for name, value in told.items() if value is None]
+        if missing and int(told["WORLD_SIZE"] or 1) > 1 and told["RANK"] is not None:
+            raise RankError(f"WORLD_SIZE says {told['WORLD_SIZE']} processes, but {', '.join(missing)} is not set: "
+                            "start them with torchrun, or unset RANK and WORLD_SIZE")  # fmt: skip
+        if missing:
             return cls(0, 1, limit)
         return cls(int(told["RANK"] or 0), int(told["WORLD_SIZE"] or 1), limit)
 

@@ -47,9 +47,11 @@ class Resume:
         try:
             if not self.folder.exists():
                 self.__exit__(None, None, None)  # the lock of one that was discarded
-                self.folder.mkdir(parents=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
+            if self._lock < 0:  # another process may have made the folder meanwhile
                 self._take()
             if self._read_key() != self.key:
+                self._clear()
                 with atomic_file(self.folder / "key") as scratch:
                     scratch.write_text(self.key)
         except OSError as error:
@@ -60,6 +62,11 @@ class Resume:
     def found(self) -> bool:
         """Whether there is something of this very calibration to go on with."""
         return self._read_key() == self.key
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that lie here already, of this very calibration."""
+        return sum(path.stat().st_size for path in self.folder.iterdir()) if self.found else 0
 
     def _read_key(self) -> str | None:
         try:

@@ -87,9 +87,10 @@ class Reverse(Walk):
             with torch.enable_grad():
                 output = states_of(layer(states, *args, **kwargs))
             output.backward(self.gradient.read(part).to(self.device))
-            self.recorder.commit()
-            if index and states.grad is not None:
-                self.gradient.write(part, states.grad)
+            gradient = states.grad.cpu() if index and states.grad is not None else None
+            self.recorder.commit()  # from here on nothing takes memory: out of it, a batch is taken in again
+            if gradient is not None:
+                self.gradient.write(part, gradient)
             self.ranks.check()
 
         self.batches.run(len(self.windows), step, advance)

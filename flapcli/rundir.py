@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +60,19 @@ def atomic_file(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise explain(error, target) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # where even that is refused, the error above says why
+            scratch.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; it takes the target's place only on success.
 
-    Raises FlapError where the file system refuses (full disk, no permission); the old folder stays.
+    Raises FlapError where the file system refuses (full disk, no permission); the old folder stays. A link stays
+    too, and what it points to is replaced.
     """
+    target = target.resolve() if target.is_symlink() else target
+    _recover(target)
     scratch = _scratch(target)
     try:
         scratch.mkdir()
@@ -95,9 +99,18 @@ def _swap(scratch: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _recover(target: Path) -> None:
+    """Put back what a process that was killed between both renames of `_swap` left aside."""
+    if not target.exists():
+        for old in _leftovers(target, "old"):
+            with suppress(OSError):
+                os.rename(old, target)
+                return
+
+
 def remove_folder(target: Path) -> None:
     """Delete a folder that is there; renamed first, so that it is never half there."""
-    old = _scratch(target, "old")
+    old = _scratch(target, "gone")
     try:
         os.rename(target, old)
     except OSError as error:
@@ -111,11 +124,17 @@ def _scratch(target: Path, kind: str = "tmp") -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explain(error, target) from error
-    for left in target.parent.glob(f".{target.name}.{kind}-*"):
+    for left in _leftovers(target, kind):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return target.parent / f".{target.name}.{kind}-{os.getpid()}"
+
+
+def _leftovers(target: Path, kind: str) -> Iterator[Path]:
+    """Hidden siblings of `target` that dead processes left, or this one."""
+    for left in list(target.parent.glob(f".{target.name}.{kind}-*")):
         pid = left.name.rpartition("-")[2]
         if pid == str(os.getpid()) or not (pid.isdigit() and _alive(int(pid))):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return target.parent / f".{target.name}.{kind}-{os.getpid()}"
+            yield left
 
 
 def _alive(pid: int) -> bool:

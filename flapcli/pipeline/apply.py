@@ -151,8 +151,9 @@ def _write_folder(
     with atomic_folder(out) as scratch, TemporaryDirectory(dir=scratch) as fits:
         if fitting:
             compensation.refits = fitting.run(
-                Path(fits), plan, compensation, ridge, options.dtype, depth.stay, progress
-            )
+                Path(fits), plan, compensation, ridge, options.dtype, depth.stay, progress,
+                sum(spec.nbytes for job in work for spec in job.outputs),
+            )  # fmt: skip
         write(scratch, work, options.shard_size, progress)
         _say_of_ridge(compensation.raised, progress)
         dtype = dtype_name(TORCH_DTYPES[code])

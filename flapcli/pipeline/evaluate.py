@@ -86,16 +86,19 @@ def run_eval(
         "texts": {text: source_sha256(text) for text in texts},
         "fingerprint": checkpoint.fingerprint,
         "baseline": dense.fingerprint if dense else None,
-        "names": [_name_of(which) for which in (checkpoint, dense) if which],
+        "names": [[which.name, which.hub.revision] for which in (checkpoint, dense) if which],
         "device": compute.device,
     }
-    if found and not force and found.settings == settings and not found.task_failures:
+    if found and not force and found.settings == settings and not found.all_failures:
         return found, True
     tasks = _Tasks(options, manager, cache_requests, rewrite=force) if options.tasks else None
     report = _measure(checkpoint, dense, texts, options, compute, settings, progress, tasks)
     save_report(out, report)
-    if made_by:
-        renew_card(checkpoint.path, checkpoint.config, report)
+    if made_by and Path(checkpoint_name).exists():  # and not a copy in the hub's cache
+        try:
+            renew_card(checkpoint.path, checkpoint.config, report)
+        except FlapError as error:
+            progress.note(f"the model card keeps its old figures: {error}")
     return report, False
 
 
@@ -224,7 +227,10 @@ def calibration_text(dataset: str, default: str, progress: Progress) -> str:
     """
     sources = [s for s in Mixture.read(dataset).sources if s != SELF] or [default]
     text = next((source for source in sources if source in NAMED or Path(source).is_file()), sources[0])
-    check_source(text, "the calibration text")
+    try:
+        check_source(text, "the calibration text")
+    except UsageError as error:
+        raise FlapError(f"{error}; give a text by --perplexity") from error
     if Path(text).is_file():
         progress.note(f"reading perplexity on {text}, the very text of the calibration: it flatters the pruned model; "
                       "give another one by --perplexity")  # fmt: skip
@@ -239,11 +245,6 @@ def open_measured(name: str, hub: Hub) -> Checkpoint:
 def made_by_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a pruned folder records of its making; empty for any other checkpoint."""
     return (checkpoint.config.get("flap") or {}).get("made_by", {}) if checkpoint.path.is_dir() else {}
-
-
-def _name_of(checkpoint: Checkpoint) -> list[str | None] | None:
-    """What tells fine-tunes of one shape apart; a pruned folder's fingerprint does, wherever it lies."""
-    return None if made_by_of(checkpoint) else [checkpoint.name, checkpoint.hub.revision]
 
 
 def dense_of(made_by: dict[str, Any], model: str | None, hub: Hub) -> Checkpoint | None:

@@ -15,6 +15,7 @@ from flapcli.checkpoint import Checkpoint
 from flapcli.checkpoint.write import parse_size
 from flapcli.device import dtype_name, pick_device, pick_dtype
 from flapcli.elimination import eliminator
+from flapcli.errors import FlapError
 from flapcli.loading import quiet_transformers
 from flapcli.memory import should_stream
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, versions
@@ -53,6 +54,7 @@ def write_stats(
     )
     texts = Texts(out, checkpoint, options, device, dtype, scale.device_map, streamed)
     windows = texts.windows(compute, force, progress, ranks)
+    _agree(ranks, checkpoint, windows, dtype)
     header = _header(checkpoint, options, windows, dtype, text, streamed)
     facts = {"header": header.model_dump(mode="json"), "device": device.type, "rank": [ranks.rank, ranks.size]}
     with Resume(out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size) as resume:
@@ -68,8 +70,8 @@ def write_stats(
             raise
         except OSError as error:
             raise explain(error, resume.folder) from error
-    if ranks.rank == 0:
-        discard_all(out)
+    ranks.agree(None)  # until rank 0 has written all, each may have to go on
+    discard_all(out)
     return header
 
 
@@ -91,6 +93,18 @@ def _header(
         mode="streamed" if streamed else "in-memory",
     )
     return StatsHeader(model=checkpoint.shape, calibration=calibration, settings=asked, versions=versions())
+
+
+def _agree(ranks: Ranks, checkpoint: Checkpoint, windows: NDArray[np.int64], dtype: torch.dtype) -> None:
+    """Raise FlapError where ranks would add up sums of unlike things."""
+    mine = {"model": checkpoint.fingerprint, "text": windows_sha256(windows), "--dtype": dtype_name(dtype)}
+    first, *others = ranks.agree(mine)
+    for rank, theirs in enumerate(others, 1):
+        if unlike := [name for name in first if theirs[name] != first[name]]:
+            raise FlapError(
+                f"rank {rank} and rank 0 do not calibrate the same, they differ in: {', '.join(unlike)} (files, "
+                "versions of transformers, or what --dtype auto stands for): make them alike, or give --dtype"
+            )
 
 
 def _device(name: str, ranks: Ranks) -> torch.device:
@@ -149,7 +163,7 @@ class _Job:
             needed += 2 * states
         elif self.gram:  # the sums so far
             needed += file_bytes(shape, "F32")
-        require_space(self.out.parent, needed)
+        require_space(self.out.parent, max(needed - self.resume.nbytes, 0))
 
     def in_memory(self) -> None:
         measured = measure(

@@ -48,10 +48,11 @@ class Fitting:
         dtype: str | None,
         stay: Collection[int],
         progress: Progress,
+        reserve: int,
     ) -> Refits:
-        """The fits, in files of `folder`; `dtype` is that of the written weights (None: as stored)."""
+        """The fits, in files of `folder`; `dtype` is that of the written weights (None: as stored); `reserve` as of `refit`."""
         how = How(ridge, DTYPES[dtype] if dtype else None, stay)
         return refit(
             folder, self.checkpoint, plan, compensation, how, self.windows, self.device, self.dtype, self.batch_size,
-            progress,
+            progress, reserve,
         )  # fmt: skip

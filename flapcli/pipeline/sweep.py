@@ -84,7 +84,7 @@ class _Job:
         report, _ = run_eval(
             evaluation, str(pruned), None, self.hub, self.options.evaluate, self.compute, self.force, self.progress
         )
-        if report.task_failures:  # to be tried again, so the folder stays
+        if report.all_failures:  # to be tried again, so the folder stays
             return report
         if not self.options.keep:
             remove_folder(pruned)
@@ -158,7 +158,7 @@ def run_sweep(
         versions=versions(),
     )
     save_sweep(run.sweep, sweep)
-    failed = {task for report in [*reports.values(), *([dense] if dense else [])] for task in report.task_failures}
+    failed = {task for report in [*reports.values(), *([dense] if dense else [])] for task in report.all_failures}
     return sweep, sorted(failed)
 
 

@@ -55,7 +55,7 @@ def redrawn(stats: StatsHeader, path: Path, checkpoint: Checkpoint) -> NDArray[n
         raise FlapError(f"the calibration text of {path} is needed once more: {error}") from error
     another = FlapError(
         f"the calibration text {text.dataset} is another one than {path} was made from: put that one back, or run "
-        "`flap calibrate` and `flap plan` again"
+        "`flap calibrate --force` and `flap plan` again"
     )
     if mixture.sha256() != text.source_sha256:
         raise another
@@ -65,8 +65,8 @@ def redrawn(stats: StatsHeader, path: Path, checkpoint: Checkpoint) -> NDArray[n
         found = load_selftext(place)
         if found is None or not found.is_of(stats.model, count, text.seqlen, text.seed):
             raise FlapError(
-                f"{place} does not hold the text that {path} was made from: put it back, or run `flap calibrate` and "
-                "`flap plan` again"
+                f"{place} does not hold the text that {path} was made from: put it back, or run `flap calibrate "
+                "--force` and `flap plan` again"
             )
         return found.array
 
@@ -144,14 +144,14 @@ class Texts:
         return windows
 
     def _known(self, count: int, force: bool) -> list[list[int]] | None:
-        """Tokens of the text at `path` where it is what this would sample; where it can't, a text of any dtype is."""
+        """Tokens of the text at `path` where it is what this would sample; where it can't, one sampled elsewhere is."""
         found = load_selftext(self.path)
         if found is None or (force and not self.streamed):
             return None
         options = self.options
         same = found.is_of(self.checkpoint.shape, count, options.seqlen, options.seed)
-        same_dtype = self.streamed or found.dtype == dtype_name(self.dtype)
-        return found.array.tolist() if same and same_dtype else None
+        elsewhere = self.streamed or (found.model, found.dtype) == (self.checkpoint.name, dtype_name(self.dtype))
+        return found.array.tolist() if same and elsewhere else None
 
     def _save(self, tokenizer: "PreTrainedTokenizerBase", windows: NDArray[np.int64]) -> None:
         tokens = windows.tolist()

@@ -41,7 +41,7 @@ def write_page(run_dir: Path, out: Path, others: list[Path]) -> None:
         plan=plan,
         layers=_layers(plan) if plan else [],
         kept=_svg(plots.kept_picture, plan),
-        scores=_svg(plots.score_picture, stats, plan) if stats else None,
+        scores=_svg(plots.score_picture, stats, plan) if _belong(run, plan, stats) else None,
         report=report,
         models=list(models_of(report)) if report else [],
         quality=quality_rows(report) if report else [],
@@ -90,10 +90,14 @@ def _made_by(run: RunDir) -> dict[str, Any]:
         return {}
 
 
+def _belong(run: RunDir, plan: Plan | None, stats: Stats | None) -> bool:
+    return bool(plan and stats and sha256(run.stats) == plan.stats.sha256)
+
+
 def _mismatches(run: RunDir, plan: Plan | None, stats: Stats | None, made_by: dict[str, Any]) -> list[str]:
     """Artifacts that do not belong together, so that no reader takes one's figures for another's."""
     found = []
-    if plan and stats and sha256(run.stats) != plan.stats.sha256:
+    if plan and stats and not _belong(run, plan, stats):
         found.append("plan.yaml was made from other statistics than stats.safetensors: run `flap plan` again")
     if plan and made_by and made_by.get("plan_sha256") != sha256(run.plan):
         found.append("pruned/ was made by another plan than plan.yaml: run `flap apply` again")
