@@ -1,6 +1,7 @@
 """Slicing, compensation and reloading, shown by equal logits."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +33,23 @@ def load_pruned(folder):
     stock = "auto_map" not in config
     loader = AutoModelForCausalLM if stock else getattr(modeling, config["architectures"][0])
     return loader.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_a_tokenizer_model_alone_is_read(tiny, tmp_path):
+    """As older checkpoints have it: sentencepiece's file, without tokenizer.json."""
+    import sentencepiece
+
+    folder = shutil.copytree(tiny("llama-gqa"), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=60, model_type="bpe",
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = open_checkpoint(str(folder)).load_tokenizer()
+    assert tokenizer.decode(tokenizer("the lazy fox").input_ids, skip_special_tokens=True) == "the lazy fox"
 
 
 def masked_dense(dense_folder, run, bias=True):

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flapcli.plan import load_plan
+from flapcli.rundir import atomic_folder
 
 
 @pytest.fixture
@@ -130,6 +131,29 @@ def test_show_says_what_is_there(run, flap):
     for name in ("stats.safetensors", "plan.yaml", "pruned", "eval.json"):
         assert len(json.loads(flap("show", run / name, "--json").stdout)) == 1
         assert flap("show", run / name).stdout
+
+
+def test_a_folder_between_both_renames_comes_back(run):
+    """A process that was killed while it replaced pruned/ left the old one aside, and nothing in its place."""
+    left = run / ".pruned.old-999999999"
+    (run / "pruned").rename(left)
+    with atomic_folder(run / "pruned") as scratch:
+        assert (run / "pruned" / "config.json").exists()
+        (scratch / "new").write_text("")
+    assert [path.name for path in (run / "pruned").iterdir()] == ["new"]
+    assert not left.exists()
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(run, flap, tmp_path):
+    elsewhere = tmp_path / "large disk" / "pruned"
+    elsewhere.parent.mkdir()
+    (run / "pruned").rename(elsewhere)
+    (run / "pruned").symlink_to(elsewhere)
+    assert "written" in flap("apply", "-d", run, "--compensate", "none").stderr
+    assert (run / "pruned").is_symlink()
+    made_by = json.loads((elsewhere / "config.json").read_text())["flap"]["made_by"]
+    assert made_by["compensate"] == "none"
+    assert [path.name for path in elsewhere.parent.iterdir()] == ["pruned"]
 
 
 def test_leftovers_of_a_killed_run_are_cleared(run, flap):

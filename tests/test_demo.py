@@ -38,6 +38,21 @@ def test_gguf_tensors_equal_transformers_reading():
     assert source.shape.parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_a_link_to_a_gguf_keeps_its_name(tmp_path):
+    """The hub's cache links to blobs, whose names have no suffix."""
+    (tmp_path / "blob").symlink_to(open_checkpoint("demo").path)
+    (tmp_path / "model.gguf").symlink_to(tmp_path / "blob")
+    found = open_checkpoint(str(tmp_path / "model.gguf"))
+    assert found.name == str(tmp_path / "model.gguf")
+    assert open_checkpoint(found.name).fingerprint == found.fingerprint
+
+
+def test_older_readers_find_the_ropes_base(demo):
+    config = json.loads((demo[0] / "pruned" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
+    assert "rope_scaling" not in config
+
+
 def test_run_prunes_saves_and_measures(demo):
     run, data = demo
     assert {"stats", "plan", "checkpoint", "eval"} == set(data)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from flapcli.errors import FlapError
+
 KILLS = 22
 
 
@@ -104,4 +106,11 @@ def test_two_calibrations_into_one_place(deep, text_file, tmp_path, flap):
         other.ready()
         result = flap("calibrate", deep, "-d", tmp_path, *args, code=1)
     assert "another process is calibrating into" in result.stderr
+    one, two = (Resume(tmp_path / "other.safetensors", key) for key in ("one", "two"))
+    with one, two:  # both came before either had written anything
+        one.ready()
+        with pytest.raises(FlapError, match="another process is calibrating into"):
+            two.ready()
+        assert (one.found, two.found) == (True, False)
+        one.discard()
     flap("calibrate", deep, "-d", tmp_path, *args)

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from flapcli.checkpoint import open_checkpoint
+from flapcli.errors import FlapError
+from flapcli.pipeline.measuring import _agree
 from flapcli.stats import load_stats
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -64,6 +68,33 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(found.mean, stats.mean, rtol=1e-5, atol=1e-5 * np.sqrt(stats.variance).max())
         gram = theirs.gram(*key)
         np.testing.assert_allclose(ours.gram(*key), gram, rtol=1e-4, atol=1e-5 * gram.max())
+
+
+def test_ranks_that_differ_are_named(tiny):
+    """As they do with another copy of the text, or where `auto` stands for another dtype."""
+    checkpoint, windows = open_checkpoint(str(tiny("llama-gqa"))), np.zeros((2, 8), np.int64)
+
+    class Others:
+        def __init__(self, **unlike):
+            self.unlike = unlike
+
+        def agree(self, mine):
+            return [mine, mine, mine | self.unlike]
+
+    _agree(Others(), checkpoint, windows, torch.float32)
+    with pytest.raises(FlapError, match=r"rank 2 and rank 0 .* differ in: text"):
+        _agree(Others(text="another"), checkpoint, windows, torch.float32)
+    with pytest.raises(FlapError, match="differ in: --dtype"):
+        _agree(Others(**{"--dtype": "bfloat16"}), checkpoint, windows, torch.float32)
+
+
+def test_half_a_launcher_is_refused(flap, tiny, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    said = flap(*calibrate(tiny("llama-gqa"), text_file, tmp_path / "run"), code=1).stderr
+    assert "MASTER_ADDR" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("mode", ["--stream", "--no-stream"])

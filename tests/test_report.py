@@ -78,7 +78,7 @@ def test_the_commands_on_the_page_make_the_run_anew(run, flap, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_artifacts_that_do_not_belong_together_are_named(tiny, prune, flap, tmp_path):
+def test_artifacts_that_do_not_belong_together_are_named(tiny, prune, flap, tmp_path, text_file):
     run = prune(tiny("llama-mha"), tmp_path / "run")
     flap("report", "-d", run)
     assert 'class="warn"' not in (run / "report.html").read_text()
@@ -86,6 +86,12 @@ def test_artifacts_that_do_not_belong_together_are_named(tiny, prune, flap, tmp_
     flap("plan", "-d", run, "--ratio", "0.5")
     flap("report", "-d", run)
     assert "pruned/ was made by another plan" in (run / "report.html").read_text()
+    small = ("--dataset", text_file, "--nsamples", 4, "--seqlen", 16)
+    flap("calibrate", tiny("qwen3"), "-d", run, *small)  # of other sizes: its scores would be drawn over this plan
+    flap("report", "-d", run)
+    page = (run / "report.html").read_text()
+    assert "plan.yaml was made from other statistics" in page
+    assert "Scores" not in page
 
 
 def test_names_are_escaped(tiny, prune, flap, tmp_path):

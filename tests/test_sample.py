@@ -1,6 +1,7 @@
 """What the model writes follows its own distribution and the seed, and nothing else."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -135,6 +136,14 @@ def test_the_text_is_an_artifact(calibrate, tiny, tmp_path):
     assert path.read_bytes() == before[0]
     assert "self.json: written" in calibrate("one", "--seed", 1).stderr
     assert path.read_bytes() != before[0]
+
+
+def test_another_model_of_that_shape_writes_its_own(calibrate, flap, tiny, tmp_path):
+    calibrate("one")
+    other = shutil.copytree(tiny("llama-gqa"), tmp_path / "other")
+    said = flap("calibrate", other, "-d", tmp_path / "one", "--nsamples", 6, "--seqlen", 24, "--dtype", "float32",
+                "--dataset", "self").stderr  # fmt: skip
+    assert "self.json: written" in said
 
 
 def test_layer_by_layer_takes_text_that_was_sampled_elsewhere(calibrate, tmp_path):

@@ -9,6 +9,9 @@ import torch
 import yaml
 from test_apply import IDS, load_pruned, logits, masked_dense
 
+from flapcli.card import model_card
+from flapcli.plan import load_plan
+
 EVEN = "--structure UL-UM --ratio 0.34"
 NO_BIAS_SWITCH = ("mistral", "qwen2", "qwen3")
 
@@ -108,6 +111,9 @@ def test_the_model_card_is_in_the_hubs_form(tiny, prune, tmp_path):
     text = (run / "pruned" / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["library_name"] == "transformers"
+    config = json.loads((run / "pruned" / "config.json").read_text())
+    config["flap"]["made_by"]["model"]["name"] = "meta-llama/Llama-3.2-1B"
+    assert "# Llama-3.2-1B, pruned by flap" in model_card(config, load_plan(run / "plan.yaml"), None)
     assert metadata["pipeline_tag"] == "text-generation"
     assert "trust_remote_code=True" in text
     even = prune(tiny("llama-gqa"), tmp_path / "even", EVEN)

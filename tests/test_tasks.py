@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import load_dense, load_tokenizer
 
+from flapcli.evaluate.report import EvalReport, Measurement
 from flapcli.evaluate.suite import average, expand, main_metric
 
 CHOICES = [
@@ -172,6 +173,12 @@ def test_a_task_without_data_is_one_line_and_the_others_stay(tiny, flap, text_fi
     report = json.loads(out.read_text())
     assert set(report["tasks"]) == {"local_choice"}
     assert "nowhere.jsonl" in report["task_failures"]["local_gone"]
+    dense = {key: value for key, value in report.items() if key in Measurement.model_fields}
+    report |= {"baseline": dense, "task_failures": {}}  # failed on the dense model alone
+    assert set(EvalReport.model_validate(report).all_failures) == {"local_gone"}
+    told = flap("run", tiny("qwen2"), "-d", tmp_path / "run", "--dataset", text_file, "--nsamples", 3, *command[3:7],
+                "--include-path", task_files, "--tasks", "local_gone,local_choice", "--json", code=1)  # fmt: skip
+    assert set(json.loads(told.stdout)["eval"]["tasks"]) == {"local_choice"}
     assert report["perplexity"]
     assert "up to date" not in flap(*command, code=1).stderr  # a failure is tried again
 

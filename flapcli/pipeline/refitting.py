@@ -50,7 +50,7 @@ class Fitting:
         progress: Progress,
         reserve: int,
     ) -> Refits:
-        """The fits, in files of `folder`; `dtype` is that of the written weights (None: as stored); `reserve` as of `refit`."""
+        """The fits, in files of `folder`; `dtype` as written (None: as stored), `reserve` as of `refit`."""
         how = How(ridge, DTYPES[dtype] if dtype else None, stay)
         return refit(
             folder, self.checkpoint, plan, compensation, how, self.windows, self.device, self.dtype, self.batch_size,
