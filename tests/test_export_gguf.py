@@ -150,6 +150,10 @@ def test_cache_and_foreign_files(tiny, prune, flap, tmp_path):
     assert "up to date" in again.stderr
     assert json.loads(again.stdout) == first
     assert (run / "pruned.gguf").stat().st_mtime_ns == before
+    settings = run / "pruned" / "generation_config.json"
+    settings.write_text(settings.read_text().replace('"eos_token_id": 2', '"eos_token_id": 1'))
+    assert "written" in flap("export", "gguf", "-d", run).stderr
+    assert "up to date" in flap("export", "gguf", "-d", run).stderr
     (run / "pruned.Modelfile").unlink()
     assert "written" in flap("export", "gguf", "-d", run).stderr
     assert (run / "pruned.Modelfile").exists()

@@ -1,5 +1,6 @@
 """`flap export`: a checkpoint in another runtime's form, or the file that is there already."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ def run_export_gguf(
         "version": __version__,
         "model": {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
         "outtype": outtype,
+        "companions": _companions(checkpoint.path),
     }
     found = _existing(out)
     same = found is not None and _same(found, made_by) and _modelfile_of(out).exists()
@@ -42,6 +44,14 @@ def run_export_gguf(
         "advice": advice(checkpoint.shape),
     }
     return told, cached
+
+
+def _companions(folder: Path) -> str:
+    """Hash of what the export reads besides weights: configuration, tokenizer, chat template."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _write(out: Path, checkpoint: Checkpoint, made_by: dict[str, Any], progress: Progress) -> None:
@@ -60,14 +70,17 @@ def _write(out: Path, checkpoint: Checkpoint, made_by: dict[str, Any], progress:
 
 
 def _vocabulary(checkpoint: Checkpoint, progress: Progress) -> list["Field"]:
-    """The tokenizer of the GGUF that the model came from, which says all of it, else the folder's own."""
+    """The tokenizer of the GGUF that the model came from, which says all of it, else the folder's own.
+
+    Also the folder's own where tokens were added to it since.
+    """
     from flapcli.export.gguf import embedding_rows
     from flapcli.export.vocabulary import converted, copied
 
-    source = _source_gguf(checkpoint)
-    if source is not None:
+    source, rows = _source_gguf(checkpoint), embedding_rows(checkpoint)
+    if source is not None and embedding_rows(source) == rows:
         return copied(source.reader)
-    fields, notes = converted(checkpoint.load_tokenizer(), embedding_rows(checkpoint), checkpoint.name)
+    fields, notes = converted(checkpoint.load_tokenizer(), rows, checkpoint.name)
     for note in notes:
         progress.note(note)
     return fields
