@@ -75,6 +75,9 @@ def run(
     fitted, with_bias, in_turn = chosen.compensation(compensate, bias, sequential)
     ApplyOptions(fitted, ridge, with_bias, sequential=in_turn, max_shard_size=max_shard_size).check()
     EvalOptions(tuple(perplexity or ()), seqlen).check()
+    o.only_with(
+        "--tasks", tasks is not None, {"--limit": limit is not None, "--include-path": include_path is not None}
+    )
     share = 0.2 if ratio is None else ratio
     request = Request("", share, remove_heads, round_to, heads_multiple_of, allow_empty)
     checked(method, metric or chosen.metric, structure or chosen.structure, request, attention_exponent)

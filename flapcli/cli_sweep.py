@@ -71,6 +71,9 @@ def sweep(
     from flapcli.rundir import RunDir
 
     refuse_several_processes()
+    o.only_with(
+        "--tasks", tasks is not None, {"--limit": limit is not None, "--include-path": include_path is not None}
+    )
     wanted = o.ratios(ratios)
     chosen = preset_of(preset, method)
     metric, structure = metric or chosen.metric, structure or chosen.structure

@@ -29,4 +29,5 @@ def first_line(error: BaseException) -> str:
 
 def problems(error: "ValidationError") -> str:
     """The first of all that pydantic found wrong, each with its place, on one line."""
-    return "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:8])
+    found = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()[:8]]
+    return "; ".join(f"{place}: {what}" if place else what for place, what in found)

@@ -80,10 +80,9 @@ def _old_rope(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in rope or "rope_theta" in config:
         return {}
+    old = {"rope_theta": rope["rope_theta"]}
     scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {"rope_theta": rope["rope_theta"]} | (
-        {"rope_scaling": scaled} if scaled.get("rope_type", "default") != "default" else {}
-    )
+    return old if scaled.get("rope_type", "default") == "default" else old | {"rope_scaling": scaled}
 
 
 def _describe(family: Family, module: Module, shape: ModelShape) -> dict[str, Any]:
