@@ -15,7 +15,7 @@ from flapcli.device import Batches
 from flapcli.fisher import loss_gradient, track
 from flapcli.loading import load_model
 from flapcli.moments import Moments
-from flapcli.progress import Advance, Progress
+from flapcli.progress import Progress
 from flapcli.ranks import Ranks
 from flapcli.recording import Key, Norms, Recorder, complete, fisher, influence
 from flapcli.resume import Resume
@@ -81,19 +81,18 @@ def measure(
         recorder.commit()
         ranks.check()
 
-    def taken(tokens: int, advance: Advance) -> None:
-        """Not in the step: out of memory here is no reason to take in the batch again."""
-        nonlocal done
-        done += tokens // windows.shape[1]
-        if saved:
-            saved.after(done)
-        advance(tokens)
-
     batches = Batches(windows.shape[1], device, batch_size, progress, backward=with_fisher)
     with torch.enable_grad() if with_fisher else torch.inference_mode():
         with progress.task("calibrate", windows.size, "tokens") as advance:
             advance(done * windows.shape[1])
-            batches.run(len(windows), step, lambda tokens: taken(tokens, advance), done)
+
+            def taken(tokens: int) -> None:
+                """Not in the step: out of memory here is no reason to take in the batch again."""
+                if saved:
+                    saved.after(tokens // windows.shape[1])
+                advance(tokens)
+
+            batches.run(len(windows), step, taken, done)
         return _complete(checkpoint, recorder, ranks)
 
 
@@ -119,6 +118,7 @@ class Saved:
     def __init__(self, resume: Resume, recorder: Recorder) -> None:
         self.resume, self.recorder = resume, recorder
         self._next = time.monotonic() + SECONDS_BETWEEN
+        self._windows = 0
 
     @property
     def path(self) -> Path:
@@ -141,15 +141,17 @@ class Saved:
                 self.recorder.moments[key] = Moments(count, values[f"{name}.mean"], values[f"{name}.m2"])
             if f"{name}.gram" in values:
                 self.recorder.grams[key] = values[f"{name}.gram"].to(self.recorder.device)
-        return int(header.metadata["windows"])
+        self._windows = int(header.metadata["windows"])
+        return self._windows
 
     def after(self, windows: int) -> None:
-        """Save now and then; `windows` have been taken in."""
+        """Save now and then; `windows` more have been taken in."""
+        self._windows += windows
         start = time.monotonic()
         if start < self._next:
             return
         tensors: dict[str, torch.Tensor] = {}
-        metadata = {"windows": str(windows)}
+        metadata = {"windows": str(self._windows)}
         for key, moments in self.recorder.moments.items():
             if moments.count:
                 tensors |= {f"{_name(key)}.mean": moments.mean, f"{_name(key)}.m2": moments.m2}

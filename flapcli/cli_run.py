@@ -1,6 +1,7 @@
 """`flap run`. What is heavy is imported inside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -64,6 +65,7 @@ def run(
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
     from flapcli.allocate import Request
     from flapcli.choose import checked, needed
+    from flapcli.evaluate.suite import expand
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import refuse_several_processes
     from flapcli.pipeline.evaluate import EvalOptions
@@ -74,10 +76,10 @@ def run(
     chosen = preset_of(preset, method)
     fitted, with_bias, in_turn = chosen.compensation(compensate, bias, sequential)
     ApplyOptions(fitted, ridge, with_bias, sequential=in_turn, max_shard_size=max_shard_size).check()
-    EvalOptions(tuple(perplexity or ()), seqlen).check()
-    o.only_with(
-        "--tasks", tasks is not None, {"--limit": limit is not None, "--include-path": include_path is not None}
-    )
+    EvalOptions(
+        tuple(perplexity or ()), seqlen, tasks=expand(tasks) if tasks is not None else (), limit=limit,
+        include_path=str(include_path) if include_path else None,
+    ).check()  # fmt: skip
     share = 0.2 if ratio is None else ratio
     request = Request("", share, remove_heads, round_to, heads_multiple_of, allow_empty)
     checked(method, metric or chosen.metric, structure or chosen.structure, request, attention_exponent)
@@ -106,16 +108,24 @@ def run(
                  "dtype": eval_dtype, "tasks": tasks, "include_path": include_path, "limit": limit, "speed": speed}
          | where | hub),
     ]  # fmt: skip
+    _go([(stage, shared | own) for stage, own in stages], run_dir, as_json)
+
+
+def _go(stages: Sequence[tuple[Callable[..., None], dict[str, Any]]], run_dir: Path, as_json: bool) -> None:
+    """Run the stages; as JSON, tell what the run folder then holds, also where only a task could not be run."""
     from flapcli import console
     from flapcli.show import inspect
 
-    try:
-        with console.silent_stdout(as_json):
-            for stage, own in stages:
-                stage(**shared, **own)
-    except typer.Exit:  # a task that could not be run: all else is there to be told
-        if as_json and stage is eval_ and (run_dir / "eval.json").exists():
-            console.data({name: value for name, value, _ in inspect(run_dir)})
-        raise
+    failed: typer.Exit | None = None
+    with console.silent_stdout(as_json):
+        for stage, options in stages:
+            try:
+                stage(**options)
+            except typer.Exit as end:
+                if stage is not eval_ or not (run_dir / "eval.json").exists():
+                    raise
+                failed = end
     if as_json:
         console.data({name: value for name, value, _ in inspect(run_dir)})
+    if failed:
+        raise failed

@@ -4,7 +4,7 @@ import typer
 
 from flapcli import options as o
 from flapcli.command import RUN, bars, command, tell
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, only_with
 
 
 @command
@@ -184,11 +184,8 @@ def eval_(
     from flapcli.pipeline.evaluate import EvalOptions, SpeedSettings, run_eval
 
     path = out or run_dir / "eval.json"
-    o.only_with("--tasks", tasks is not None, {
-        "--limit": limit is not None, "--num-fewshot": num_fewshot is not None,
-        "--include-path": include_path is not None, "--cache-requests": cache_requests,
-    })  # fmt: skip
-    o.only_with("--speed", speed, {
+    only_with("--tasks", tasks is not None, {"--cache-requests": cache_requests})
+    only_with("--speed", speed, {
         "--speed-batch-sizes": speed_batch_sizes != "1", "--speed-lengths": speed_lengths != "128",
         "--speed-new-tokens": speed_new_tokens != 16, "--speed-rounds": speed_rounds != 5,
     })  # fmt: skip

@@ -60,7 +60,7 @@ def sweep(
     """
     from flapcli.allocate import Request
     from flapcli.checkpoint import Hub
-    from flapcli.choose import checked, needed
+    from flapcli.choose import needed
     from flapcli.evaluate.suite import expand
     from flapcli.pipeline.apply import ApplyOptions
     from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, refuse_several_processes
@@ -71,22 +71,16 @@ def sweep(
     from flapcli.rundir import RunDir
 
     refuse_several_processes()
-    o.only_with(
-        "--tasks", tasks is not None, {"--limit": limit is not None, "--include-path": include_path is not None}
-    )
     wanted = o.ratios(ratios)
     chosen = preset_of(preset, method)
     metric, structure = metric or chosen.metric, structure or chosen.structure
     compensate, bias, sequential = chosen.compensation(compensate, bias, sequential)
-    applied = ApplyOptions(compensate, ridge, bias, False, remote_code, store_dtype, max_shard_size, sequential)
-    applied.check()
-    request = Request("", wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty)
-    request = checked(method, metric, structure, request, attention_exponent)[1]
     gram, fisher = needed(metric, compensate, gram, fisher)
     text, nsamples = chosen.text(dataset, default_text(model), nsamples)
     options = SweepOptions(
-        wanted, method, metric, structure, attention_exponent, request,
-        applied,
+        wanted, method, metric, structure, attention_exponent,
+        Request("", wanted[0], remove_heads, round_to, heads_multiple_of, allow_empty),
+        ApplyOptions(compensate, ridge, bias, False, remote_code, store_dtype, max_shard_size, sequential),
         EvalOptions(
             tuple(perplexity or ()), seqlen, eval_dtype, baseline, text_column,
             expand(tasks) if tasks is not None else (), str(include_path) if include_path else None, limit,

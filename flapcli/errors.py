@@ -22,6 +22,12 @@ class UnreachableError(UsageError):
     """More is to be removed than can go; less of it may do, so that a search turns back here."""
 
 
+def only_with(main: str, given: bool, others: dict[str, bool]) -> None:
+    """Raise UsageError where one of `others` is given without the option that it belongs to."""
+    if not given and (alone := [option for option, is_given in others.items() if is_given]):
+        raise UsageError(f"{alone[0]} is for {main}: give that too, or leave {alone[0]} out")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for messages of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

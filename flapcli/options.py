@@ -258,12 +258,6 @@ def ratios(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def only_with(main: str, given: bool, others: dict[str, bool]) -> None:
-    """Raise UsageError where one of `others` is given without the option that it belongs to."""
-    if not given and (alone := [option for option, is_given in others.items() if is_given]):
-        raise UsageError(f"{alone[0]} is for {main}: give that too, or leave {alone[0]} out")
-
-
 def numbers(text: str, option: str) -> tuple[int, ...]:
     """`1,8` as (1, 8). Raises UsageError for anything but positive numbers."""
     parts = [part.strip() for part in text.split(",")]

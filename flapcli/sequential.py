@@ -158,9 +158,10 @@ class Sequential:
         def step(part: slice) -> None:
             args, kwargs = self._call(index, part)
             before = self._read(self.dense, part)
-            after = states_of(layer(before, *args, **kwargs)).cpu()
+            after = states_of(layer(before, *args, **kwargs))
             if part.start == 0:
-                self._check(layer, taps, before, after.to(self.device))
+                self._check(layer, taps, before, after)
+            after = after.cpu()  # takes memory, which nothing may once the sums have the batch
             wanted = taps.inputs["middle"].float()
             before = self._read(self.pruned, part)
             with taps.until("attention"):

@@ -1,7 +1,6 @@
 """Which tasks `zero-shot` stands for, which metric speaks for a task, and names checked. No torch."""
 
 import difflib
-import hashlib
 import json
 import logging
 from functools import cache
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.errors import UsageError
+from flapcli.rundir import files_sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -77,10 +77,7 @@ def check_names(names: tuple[str, ...], manager: "TaskManager") -> None:
         raise UsageError(f"--tasks: lm-eval knows no {'; no '.join(wrong)}; own task files go by --include-path")
 
 
-def files_sha256(folder: Path) -> str:
+def task_files_sha256(folder: Path) -> str:
     """Hash of names and contents of all files below `folder`, as task files and their local data are."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return files_sha256(folder, found)

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapcli.errors import FlapError, first_line
-from flapcli.evaluate.suite import files_sha256
+from flapcli.evaluate.suite import task_files_sha256
 from flapcli.progress import Advance, Progress
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _request_cache(include_path: Path | None) -> Iterator[None]:
     Its own key is the task's name alone, so an edited local task would be answered with the old requests.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    local = files_sha256(include_path)[:12] if include_path else "own"
+    local = task_files_sha256(include_path)[:12] if include_path else "own"
     with _swapped(cache, "PATH", str(root / "flap" / "lm-eval" / version("lm-eval") / local)):
         yield
 

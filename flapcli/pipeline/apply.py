@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flapcli import __version__
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.checkpoint.write import parse_size
-from flapcli.errors import FlapError, UsageError
+from flapcli.errors import FlapError, UsageError, only_with
 from flapcli.pipeline.common import Compute
 from flapcli.plan import Plan, check_belongs, format_ranges, load_plan, pruned_layers
 from flapcli.progress import Progress
@@ -45,14 +45,8 @@ class ApplyOptions:
         """Raise UsageError for options that don't go together."""
         if self.ridge is not None and not 0 <= self.ridge < math.inf:
             raise UsageError(f"--ridge {self.ridge}: must be a number of at least 0")
-        given = {
-            "--sequential": self.sequential,
-            "--ridge": self.ridge is not None,
-            "--no-bias": not self.lstsq_bias,
-        }
-        if self.compensate != "lstsq" and any(given.values()):
-            option = next(option for option, is_given in given.items() if is_given)
-            raise UsageError(f"{option} is for --compensate lstsq: give that too, or leave {option} out")
+        own = {"--sequential": self.sequential, "--ridge": self.ridge is not None, "--no-bias": not self.lstsq_bias}
+        only_with("--compensate lstsq", self.compensate == "lstsq", own)
         self.shard_size  # noqa: B018  refuses what is no size
 
     @property

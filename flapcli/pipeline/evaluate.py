@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from flapcli.card import renew_card
 from flapcli.checkpoint import Checkpoint, Hub, open_checkpoint
 from flapcli.corpus import NAMED, check_source, source_sha256
-from flapcli.errors import FlapError, UsageError
+from flapcli.errors import FlapError, UsageError, only_with
 from flapcli.evaluate.report import EvalReport, Measurement, Speedup, load_report, save_report
-from flapcli.evaluate.suite import check_names, files_sha256, task_manager
+from flapcli.evaluate.suite import check_names, task_files_sha256, task_manager
 from flapcli.mixture import SELF, Mixture
 from flapcli.pipeline.common import Compute, default_text, versions
 from flapcli.progress import Progress
@@ -49,11 +49,14 @@ class EvalOptions:
     speed: SpeedSettings | None = None
 
     def check(self) -> None:
-        """Raise UsageError for what no model could be measured by."""
+        """Raise UsageError for what no model could be measured by, and for options that do nothing."""
         if self.seqlen < 2:
             raise UsageError("--seqlen must be at least 2")
         for text in self.perplexity:
             check_source(text, "--perplexity")
+        own = ("limit", "num_fewshot", "include_path")
+        given = {f"--{name.replace('_', '-')}": getattr(self, name) is not None for name in own}
+        only_with("--tasks", bool(self.tasks), given)
 
 
 def run_eval(
@@ -82,7 +85,7 @@ def run_eval(
     dense = dense_of(made_by, model, hub) if options.baseline else None
     settings = json.loads(json.dumps(asdict(options))) | {
         "perplexity": texts,
-        "task_files": files_sha256(Path(options.include_path)) if options.include_path else None,
+        "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
         "texts": {text: source_sha256(text) for text in texts},
         "fingerprint": checkpoint.fingerprint,
         "baseline": dense.fingerprint if dense else None,

@@ -1,6 +1,5 @@
 """`flap export`: a checkpoint in another runtime's form, or the file that is there already."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from flapcli.checkpoint.gguf import metadata_string
 from flapcli.errors import FlapError
 from flapcli.export.kquants import advice
 from flapcli.progress import Progress
+from flapcli.rundir import files_sha256
 
 if TYPE_CHECKING:
     from flapcli.export.vocabulary import Field
@@ -48,10 +48,7 @@ def run_export_gguf(
 
 def _companions(folder: Path) -> str:
     """Hash of what the export reads besides weights: configuration, tokenizer, chat template."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    return files_sha256(folder, (path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model")))
 
 
 def _write(out: Path, checkpoint: Checkpoint, made_by: dict[str, Any], progress: Progress) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from flapcli.allocate import Request
 from flapcli.checkpoint import Hub
+from flapcli.choose import checked
 from flapcli.corpus import source_sha256
 from flapcli.errors import FlapError
 from flapcli.evaluate.report import EvalReport, Measurement, load_report
-from flapcli.evaluate.suite import files_sha256
+from flapcli.evaluate.suite import task_files_sha256
 from flapcli.pipeline.apply import ApplyOptions, run_apply
 from flapcli.pipeline.calibrate import run_calibrate
 from flapcli.pipeline.common import CalibrateOptions, Compute, Scale, default_text, versions
@@ -37,6 +38,12 @@ class SweepOptions:
     apply: ApplyOptions
     evaluate: EvalOptions
     keep: bool
+
+    def check(self) -> None:
+        """Raise UsageError for options that don't go together, before anything is calibrated."""
+        checked(self.method, self.metric, self.structure, self.request, self.attention_exponent)
+        self.apply.check()
+        self.evaluate.check()
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class _Job:
             "apply": asdict(self.options.apply),
             "eval": asdict(options),
             "texts": {text: source_sha256(text) for text in options.perplexity},
-            "task_files": files_sha256(Path(options.include_path)) if options.include_path else None,
+            "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
             "device": self.compute.device,
         }
         return json.loads(json.dumps(asked))
@@ -134,7 +141,7 @@ def run_sweep(
     Returns the names of tasks that could not be run too.
     """
     _refuse_foreign(run.sweep)
-    options.evaluate.check()
+    options.check()
     baseline = options.evaluate.baseline
     header, _ = run_calibrate(run.stats, model, hub, calibrate, compute, force, progress, scale)
     texts = options.evaluate.perplexity or (

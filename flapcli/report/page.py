@@ -30,18 +30,19 @@ def write_page(run_dir: Path, out: Path, others: list[Path]) -> None:
     report = load_report(run.eval) if run.eval.exists() else None
     if not (plan or report):
         raise FlapError(f"{run_dir} holds neither plan.yaml nor eval.json: `flap run` makes them")
+    belong = bool(plan and stats and sha256(run.stats) == plan.stats.sha256)
     made_by = _made_by(run)
     name = plan.model.name if plan else report.checkpoint if report else ""
     html = _environment().get_template("page.html").render(
         title=Path(name).name,
         name=name,
         version=__version__,
-        warnings=_mismatches(run, plan, stats, made_by),
+        warnings=_mismatches(run, plan, bool(stats) and not belong, made_by),
         tiles=_tiles(plan, report),
         plan=plan,
         layers=_layers(plan) if plan else [],
         kept=_svg(plots.kept_picture, plan),
-        scores=_svg(plots.score_picture, stats, plan) if _belong(run, plan, stats) else None,
+        scores=_svg(plots.score_picture, stats, plan) if belong else None,
         report=report,
         models=list(models_of(report)) if report else [],
         quality=quality_rows(report) if report else [],
@@ -90,14 +91,10 @@ def _made_by(run: RunDir) -> dict[str, Any]:
         return {}
 
 
-def _belong(run: RunDir, plan: Plan | None, stats: Stats | None) -> bool:
-    return bool(plan and stats and sha256(run.stats) == plan.stats.sha256)
-
-
-def _mismatches(run: RunDir, plan: Plan | None, stats: Stats | None, made_by: dict[str, Any]) -> list[str]:
+def _mismatches(run: RunDir, plan: Plan | None, other_stats: bool, made_by: dict[str, Any]) -> list[str]:
     """Artifacts that do not belong together, so that no reader takes one's figures for another's."""
     found = []
-    if plan and stats and not _belong(run, plan, stats):
+    if plan and other_stats:
         found.append("plan.yaml was made from other statistics than stats.safetensors: run `flap plan` again")
     if plan and made_by and made_by.get("plan_sha256") != sha256(run.plan):
         found.append("pruned/ was made by another plan than plan.yaml: run `flap apply` again")
