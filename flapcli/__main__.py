@@ -1,6 +1,6 @@
 """Entry point of `flap` and of `python -m flapcli`."""
 
-from flapcli.cli import main
+from flapcli.cli.app import main
 
 if __name__ == "__main__":
     main()

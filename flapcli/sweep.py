@@ -1,69 +1,166 @@
-"""The sweep artifact: what a model costs and says at several ratios, from one calibration. No torch."""
+"""`flap sweep`: several ratios planned, applied and evaluated from one calibration, each as cached as elsewhere."""
 
+import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from flapcli.artifacts.eval_report import EvalReport, Measurement, load_report
+from flapcli.artifacts.plan import Plan
+from flapcli.artifacts.run_dir import RunDir
+from flapcli.artifacts.sweep_results import SWEEP, Figures, Row, Sweep, save_sweep
+from flapcli.artifacts.versions import versions
+from flapcli.calibration.stage import calibrate
+from flapcli.checkpoints import DEMO, Hub
+from flapcli.evaluation.stage import calibration_text, check_options, evaluate
+from flapcli.evaluation.task_names import task_files_sha256
+from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions
+from flapcli.planning.methods import checked
+from flapcli.planning.stage import plan
+from flapcli.progress import Progress, Silent
+from flapcli.pruning.stage import ApplyInputs, apply
+from flapcli.storage.atomic import atomic_file, remove_folder
+from flapcli.storage.hashing import sha256
+from flapcli.texts.corpus import default_text, source_sha256
 
-from flapcli.errors import FlapError, problems
-from flapcli.rundir import atomic_file
-
-FORMAT: Literal["flap-sweep/1"] = "flap-sweep/1"
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Figures(_Part):
-    """One model's size (bytes of the tensors as stored, in `stored_as`) and its results by text and task."""
-
-    parameters: int
-    bytes: int
-    stored_as: str
-    perplexity: dict[str, float]
-    tasks: dict[str, dict[str, float]] = {}
-    task_average: float | None = None
+POINT_FORMAT = "flap-sweep-point/1"
 
 
-class Row(Figures):
-    """One ratio: as asked, as the plan achieved it, and each text's perplexity over the dense model's.
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is done: one calibration, and the same at every ratio. Without `keep` a pruned folder goes once measured."""
 
-    `folder`, relative to this file's, holds its plan and evaluation.
-    """
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    apply: ApplyOptions = field(default_factory=ApplyOptions)
+    evaluate: EvalOptions = field(default_factory=EvalOptions)
+    keep: bool = False
 
-    ratio: float
-    achieved: float
-    relative: dict[str, float]
-    folder: str
 
+@dataclass(frozen=True)
+class _Job:
+    """A sweep once it is calibrated, its texts known."""
 
-class Sweep(_Part):
-    """Rows by rising ratio, the dense model beside them, and what they were made with."""
-
-    format: Literal["flap-sweep/1"] = FORMAT
+    run: RunDir
     model: str
-    fingerprint: str
-    stats_sha256: str
-    settings: dict[str, Any]
-    dense: Figures | None
-    rows: list[Row]
-    versions: dict[str, str]
+    hub: Hub
+    options: SweepOptions
+    execution: Execution
+    force: bool
+    progress: Progress
+
+    def folder(self, ratio: float) -> Path:
+        return self.run.path / "sweep" / str(ratio)
+
+    def plan(self, ratio: float) -> Plan:
+        out = self.folder(ratio) / "plan.yaml"
+        return plan(self.run.stats, out, replace(self.options.plan, ratio=ratio), self.force)[0]
+
+    def evaluate(self, checkpoint: str, out: Path) -> EvalReport:
+        options = self.options.evaluate
+        return evaluate(checkpoint, out, options, None, self.hub, self.execution, self.force, self.progress)[0]
+
+    def point(self, ratio: float) -> EvalReport:
+        """Apply and measure one ratio, or take what was measured of the same; the folder stays or goes."""
+        folder = self.folder(ratio)
+        pruned, evaluation = folder / "pruned", folder / "eval.json"
+        done = None if self.force else self._measured(folder)
+        if done is None or self.options.keep:
+            inputs, options = ApplyInputs(model=self.model, hub=self.hub), self.options.apply
+            apply(folder / "plan.yaml", pruned, options, inputs, self.execution, self.force, self.progress)
+        if done:
+            self.progress.note(f"{evaluation}: up to date")
+            return done
+        report = self.evaluate(str(pruned), evaluation)
+        if report.all_failures:  # to be tried again, so the folder stays
+            return report
+        if not self.options.keep:
+            remove_folder(pruned)
+        with atomic_file(folder / "point.json") as scratch:
+            scratch.write_text(json.dumps(self._record(folder), indent=2) + "\n", encoding="utf-8")
+        return report
+
+    def _measured(self, folder: Path) -> EvalReport | None:
+        """The evaluation of a point, where point.json says that it is of what is asked now."""
+        try:
+            record = json.loads((folder / "point.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        evaluation = folder / "eval.json"
+        return load_report(evaluation) if evaluation.exists() and record == self._record(folder) else None
+
+    def _record(self, folder: Path) -> dict[str, Any]:
+        """All that decides a point's figures, and their hash; the plan's stands for model, statistics and units."""
+        options = self.options.evaluate
+        record = {
+            "format": POINT_FORMAT,
+            "plan_sha256": sha256(folder / "plan.yaml"),
+            "apply": asdict(self.options.apply),
+            "eval": asdict(options),
+            "texts": {text: source_sha256(text) for text in options.perplexity},
+            "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
+            "device": self.execution.device,
+            "eval_sha256": sha256(folder / "eval.json"),
+        }
+        return json.loads(json.dumps(record))
 
 
-def save_sweep(path: Path, sweep: Sweep) -> None:
-    """Write the artifact atomically. Raises FlapError where the file system refuses."""
-    with atomic_file(path) as scratch:
-        scratch.write_text(sweep.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def sweep(
+    run: RunDir,
+    model: str = DEMO,
+    options: SweepOptions = SweepOptions(),
+    hub: Hub = Hub(),
+    execution: Execution = Execution(),
+    force: bool = False,
+    progress: Progress = Silent(),
+) -> tuple[Sweep, list[str]]:
+    """Calibrate once, measure the dense model once (if asked to), then every ratio; writes sweep.json.
+
+    All plans are made before anything is applied, so that a ratio that can't be reached costs no time.
+    Returns the names of tasks that could not be run too. Raises UsageError for options that don't go together, before
+    anything is calibrated.
+    """
+    SWEEP.find(run.sweep)  # refuses what is not flap's
+    checked(replace(options.plan, ratio=options.ratios[0]))
+    options.apply.check()
+    check_options(options.evaluate, execution)
+    header, _ = calibrate(model, run.stats, options.calibrate, hub, execution, force, progress)
+    texts = options.evaluate.perplexity
+    texts = texts or (calibration_text(header.calibration.dataset, default_text(model), progress),)
+    evaluation = replace(options.evaluate, perplexity=texts, baseline=False)
+    job = _Job(run, model, hub, replace(options, evaluate=evaluation), execution, force, progress)
+    plans = {ratio: job.plan(ratio) for ratio in options.ratios}
+    dense = job.evaluate(model, run.path / "sweep" / "dense.json") if options.evaluate.baseline else None
+    failed = set(dense.all_failures) if dense else set()
+    rows = []
+    for ratio, made in plans.items():
+        progress.note(f"ratio {ratio}")
+        report = job.point(ratio)
+        failed |= set(report.all_failures)
+        relative = {text: value / dense.perplexity[text] for text, value in report.perplexity.items()} if dense else {}
+        achieved, folder = made.ratio.achieved, f"sweep/{ratio}"
+        rows.append(Row(**_figures(report), ratio=ratio, achieved=achieved, relative=relative, folder=folder))
+    found = Sweep(
+        model=header.model.name,
+        fingerprint=header.model.fingerprint,
+        stats_sha256=sha256(run.stats),
+        settings=_settings(job.options, plans[options.ratios[0]]),
+        dense=Figures(**_figures(dense)) if dense else None,
+        rows=rows,
+        versions=versions(),
+    )
+    save_sweep(run.sweep, found)
+    return found, sorted(failed)
 
 
-def load_sweep(path: Path) -> Sweep:
-    """Read sweep.json. Raises FlapError where it is missing or not of the format."""
-    try:
-        return Sweep.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise FlapError(f"no sweep at {path}: run `flap sweep` first") from error
-    except ValidationError as error:
-        raise FlapError(f"{path} is not of format {FORMAT}: {problems(error)}") from error
-    except OSError as error:
-        raise FlapError(f"cannot read {path}: {error.strerror}") from error
+def _figures(report: Measurement) -> dict[str, Any]:
+    return report.model_dump(include={"perplexity", "tasks", "task_average"}) | report.size.model_dump()
+
+
+def _settings(options: SweepOptions, plan: Plan) -> dict[str, Any]:
+    """The options as asked, those that the method decides as they were decided."""
+    chosen = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
+    return {
+        "ratios": options.ratios, "plan": chosen, "apply": asdict(options.apply), "eval": asdict(options.evaluate)
+    }  # fmt: skip

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import CONFIGS, make_tiny
+from support.models import CONFIGS, make_tiny
 from typer.testing import CliRunner, Result
 
-from flapcli.cli import app
+from flapcli.cli.app import app
 
 
 @pytest.fixture(scope="session")

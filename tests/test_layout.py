@@ -1,8 +1,11 @@
 """The house keeps its direction of flow, and what must be light stays light."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,50 +13,105 @@ import pytest
 import flapcli
 
 ROOT = Path(flapcli.__file__).parent
-NOUNS = {"stats", "plan", "checkpoint", "evaluate.report", "sweep", "selftext"}
-VERBS = {
-    "calibrate", "streamed", "choose", "apply", "export", "evaluate.measure", "evaluate.perplexity", "evaluate.tasks",
-    "evaluate.speed", "evaluate.memory", "evaluate.generate", "sample", "sequential",
-}  # fmt: skip
-TOP = {
-    "cli", "cli_results", "cli_run", "cli_stages", "cli_sweep", "command", "__main__",
-    "console", "console_results", "console_sweep", "options", "show", "pipeline",
-}  # fmt: skip
+STAGES = ("calibration", "planning", "pruning", "evaluation", "export")
+BOUNDARY = ("cli.results", "cli.run_command", "cli.stages", "cli.sweep_command")  # functions that typer calls
+
+# Every module in its place: a module imports only what stands below it.
+ROOMS = {
+    "": "__main__",
+    "cli": "app results run_command stages sweep_command command epilogs resolve options presets",
+    "views": "comparison_tables contents page compare commands plots tables eval_rows terminal",
+    " ": "sweep",
+    "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
+    "block_influence fisher moments",
+    "planning": "stage methods depth allocation scores target_search",
+    "pruning": "stage companions sequential sequential_fit slicing compensation layout cut stock_form kept_layers",
+    "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
+    "export": "stage gguf_writer kquants modelfile push tokenizer",
+    "texts": "windows mixture corpus",
+    "execution": "hidden_states layerwise batches loading memory device processes ranks settings",
+    "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
+    "reuse target versions",
+    "checkpoints": "__init__ bin_folder column_norms gguf gguf_header huggingface checkpoint locate shards",
+    "architecture": "family flap_section modeling_flap rope shape",
+    "storage": "hashing linear_algebra resume atomic safetensors_file record dtypes sizes",
+    "  ": "errors progress __init__",
+}
+ORDER = [f"{room.strip()}.{name}".strip(".") for room, names in ROOMS.items() for name in names.split()]
 
 
-def imports() -> dict[str, set[str]]:
-    """Every module of flapcli, and the modules of flapcli that it imports anywhere."""
-    found = {}
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Every module that holds code, by its name below flapcli; a room's own code is its `__init__`."""
+    for path in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        if len(tree.body) > 1:  # more than a docstring
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts), tree
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """The modules of flapcli that a module imports anywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "flapcli":
+            for alias in node.names:
+                names = [*node.module.split("."), alias.name][1:]
+                inside = ROOT.joinpath(*names).with_suffix(".py").exists()
+                names = names if inside else names[:-1]
+                yield ".".join(names if ROOT.joinpath(*names).with_suffix(".py").exists() else [*names, "__init__"])
+
+
+def test_every_module_has_its_place():
+    assert sorted(name for name, _ in modules()) == sorted(ORDER)
+    assert len(list(ROOT.glob("*.py"))) <= 5
+
+
+def test_imports_go_down_only():
+    for name, tree in modules():
+        for target in imports(tree):
+            assert ORDER.index(target) > ORDER.index(name), f"{name} imports {target}, which is above it"
+
+
+def test_stages_never_import_each_other():
+    for name, tree in modules():
+        room = name.split(".")[0]
+        others = [stage for stage in STAGES if stage != room]
+        if room in STAGES:
+            assert not [target for target in imports(tree) if target.split(".")[0] in others], name
+
+
+def test_no_two_modules_share_a_name():
+    counts = Counter(name.split(".")[-1] for name, _ in modules())
+    assert [name for name, count in counts.items() if count > 1 and name not in ("stage", "__init__")] == []
+
+
+def test_functions_take_few_parameters_and_fit_a_screen():
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len([arg for arg in given if arg not in ("self", "cls")])
+                assert count <= 8 or name in BOUNDARY, f"{name}.{node.name} takes {count} parameters"
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{name}.{node.name} has {lines} lines"
+
+
+def test_sections_that_are_cited_are_there():
+    method = (ROOT / "METHOD.md").read_text(encoding="utf-8")
+    headings = set(re.findall(r"^## (.+)$", method, re.MULTILINE))
+    cited = Counter()
     for path in ROOT.rglob("*.py"):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-        targets = {n.module for n in nodes if n.module}
-        targets |= {f"{n.module}.{alias.name}" for n in nodes if n.module == "flapcli" for alias in n.names}
-        found[name] = {t.removeprefix("flapcli.") for t in targets if t.startswith("flapcli.")}
-    return found
-
-
-def room(module: str, rooms: set[str]) -> str | None:
-    return next((r for r in rooms if module == r or module.startswith(r + ".")), None)
-
-
-def test_nouns_and_verbs_keep_apart():
-    for module, targets in imports().items():
-        own_noun, own_verb = room(module, NOUNS), room(module, VERBS)
-        for target in targets:
-            if own_noun:
-                assert room(target, NOUNS) in (None, own_noun), f"noun {module} imports noun {target}"
-                assert room(target, VERBS) is None, f"noun {module} imports verb {target}"
-            elif own_verb and not own_verb.startswith("evaluate"):
-                assert room(target, VERBS) in (None, own_verb), f"verb {module} imports verb {target}"
-            if module not in TOP and room(module, TOP) is None:
-                assert room(target, TOP) is None, f"{module} imports {target}, which is above it"
+        text = path.read_text()
+        for rest in re.findall(r"METHOD\.md(?:,\s+([A-Z][a-z]+(?:\s+[a-z]+)*))?", text):
+            section = next((heading for heading in headings if rest.startswith(heading)), None)
+            assert section, f"{path.name} cites {rest!r}, which METHOD.md does not hold"
+            cited[section] += 1
+        assert "DESIGN" not in text, f"{path.name} cites what the package does not hold"
+    assert len(cited) > 5
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["families"], ["--version"]])
 def test_light_commands_import_no_torch(arguments):
     code = (
-        "import sys; from flapcli.cli import app\n"
+        "import sys; from flapcli.cli.app import app\n"
         f"try: app({arguments!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
@@ -66,7 +124,7 @@ def test_light_commands_import_no_torch(arguments):
 def test_plan_and_show_import_no_torch(prune, tiny, tmp_path):
     run = prune(tiny("llama-gqa"), tmp_path / "run")
     code = (
-        "import sys; from flapcli.cli import app\n"
+        "import sys; from flapcli.cli.app import app\n"
         f"for arguments in (['plan', '-d', {str(run)!r}, '--ratio', '0.4'], ['show', {str(run)!r}]):\n"
         "    try: app(arguments)\n"
         "    except SystemExit as end: assert not end.code, end.code\n"

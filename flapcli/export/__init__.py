@@ -1,1 +1,1 @@
-"""Checkpoints in the forms of other runtimes."""
+"""Checkpoints in the forms of other runtimes, and on the hub."""

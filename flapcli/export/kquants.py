@@ -6,7 +6,7 @@ multiple of 256 in an older type instead, and one whose rows are no multiple of 
 
 from math import gcd
 
-from flapcli.shape import ModelShape
+from flapcli.architecture.shape import ModelShape
 
 K_BLOCK, OLD_BLOCK = 256, 32
 

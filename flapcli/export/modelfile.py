@@ -18,8 +18,7 @@ def modelfile(file_name: str, tokenizer: "PreTrainedTokenizerBase", stop_ids: li
     Without a TEMPLATE Ollama takes the chat template that it recognises in the GGUF, or passes the prompt as it is.
     """
     lines = [f"FROM ./{file_name}"]
-    template = ollama_template(_renderer(tokenizer))
-    if template:
+    if template := ollama_template(_renderer(tokenizer)):
         lines.append(f'TEMPLATE """{template}"""')
     stops = [tokenizer.convert_ids_to_tokens(i) for i in dict.fromkeys(stop_ids)]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if stop and '"' not in stop]

@@ -13,9 +13,9 @@ from pathlib import Path
 from paper import flap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import expand_to_mha
+from support.models import expand_to_mha
 
-from flapcli.evaluate.report import load_report
+from flapcli.artifacts.eval_report import load_report
 
 # ratio, exponent of attention scores: perplexity with none, bias and least squares (METHOD.md)
 ROWS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paper import flap
 
-from flapcli.evaluate.report import load_report
+from flapcli.artifacts.eval_report import load_report
 
 PLANS = ["--ratio 0.2", "--ratio 0.2 --round-to 32", "--ratio 0.5", "--ratio 0.5 --round-to 32"]
 

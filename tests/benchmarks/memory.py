@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import tiny_tokenizer
+from support.models import tiny_tokenizer
 
-from flapcli.checkpoint.write import plan_shards, write_shards
-from flapcli.safetensors_io import TensorSpec
+from flapcli.checkpoints.shards import plan_shards, write_shards
+from flapcli.storage.safetensors_file import TensorSpec
 
 TINYLLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 32000,
@@ -40,7 +40,7 @@ MEASURED = """
 import json, sys, time
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from flapcli.cli import app
+from flapcli.cli.app import app
 
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))

@@ -12,11 +12,11 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import expand_to_mha
+from support.models import expand_to_mha
 
-from flapcli.cli import app
-from flapcli.evaluate.report import load_report
-from flapcli.plan import load_plan
+from flapcli.artifacts.eval_report import load_report
+from flapcli.artifacts.plan import load_plan
+from flapcli.cli.app import app
 
 # options of `flap plan`, achieved ratio and perplexity of the authors' code (METHOD.md)
 ROWS = [

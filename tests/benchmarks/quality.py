@@ -19,10 +19,10 @@ from pathlib import Path
 from paper import flap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import expand_to_mha
+from support.models import expand_to_mha
 
-from flapcli.evaluate.report import load_report
-from flapcli.plan import load_plan
+from flapcli.artifacts.eval_report import load_report
+from flapcli.artifacts.plan import load_plan
 
 NEWS_MEMBER = "gensim/test/test_data/lee_background.cor"
 NEWS_FROM, NEWS_LENGTH = 0.6, 30_000  # characters: past what METHOD.md calibrates on, about 60 windows

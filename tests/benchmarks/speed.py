@@ -43,8 +43,8 @@ def authors_way(nsamples: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from flapcli.checkpoint import open_checkpoint
-    from flapcli.corpus import calibration_windows
+    from flapcli.checkpoints import open_checkpoint
+    from flapcli.texts.corpus import calibration_windows
 
     start = time.perf_counter()
     path = open_checkpoint("demo").path
@@ -81,11 +81,11 @@ def hooks_over_bare_forward(batches: int = 24) -> None:
     """Alternate batches with and without the recorder, on the same decoder and tokens."""
     import torch
 
-    from flapcli.checkpoint import open_checkpoint
-    from flapcli.corpus import calibration_windows
-    from flapcli.device import pick_dtype
-    from flapcli.loading import load_model
-    from flapcli.recording import Recorder
+    from flapcli.calibration.recorder import Recorder
+    from flapcli.checkpoints import open_checkpoint
+    from flapcli.execution.device import pick_dtype
+    from flapcli.execution.loading import load_model
+    from flapcli.texts.corpus import calibration_windows
 
     cpu = torch.device("cpu")
     source = open_checkpoint("demo")
@@ -154,7 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         ours = whole_pipeline(options.windows, Path(scratch) / "run")
         apply_over_copy(Path(scratch))
-    from flapcli.loading import quiet_transformers
+    from flapcli.execution.loading import quiet_transformers
 
     quiet_transformers()
     hooks_over_bare_forward()

@@ -1,0 +1,1 @@
+"""Model families as data, their reader, and the sizes that planning needs."""

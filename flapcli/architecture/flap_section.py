@@ -1,0 +1,106 @@
+"""The `flap` section of a pruned folder's config.json: which sizes its layers have, and what it was made from.
+
+`modeling_flap.py` reads the same keys as plain JSON, since it must work where flap is not installed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import ValidationError
+
+from flapcli.architecture.shape import LayerShape, Module
+from flapcli.errors import FlapError, problems
+from flapcli.storage.record import Record
+
+FORMAT: Literal["flap-checkpoint/1"] = "flap-checkpoint/1"
+
+
+def adds_bias(compensate: str | None, with_bias: bool) -> bool:
+    """Whether a compensation adds biases, `with_bias` being --bias of lstsq."""
+    return compensate == "bias" or (compensate == "lstsq" and with_bias)
+
+
+class SourceModel(Record):
+    """The checkpoint that was pruned."""
+
+    name: str
+    revision: str | None = None
+    fingerprint: str
+
+
+class MadeBy(Record):
+    """What a pruned folder was made from and how; defaults are what folders of older versions stand for.
+
+    `license` and `dataset` are for the model card and for `flap eval`; nothing else depends on them.
+    """
+
+    version: str
+    model: SourceModel
+    plan_sha256: str
+    stats_sha256: str
+    compensate: Literal["none", "bias", "lstsq"]
+    ridge: float | None
+    lstsq_bias: bool = True
+    mask_only: bool
+    remote_code: str
+    dtype: str | None
+    max_shard_size: str
+    sequential: bool = False
+    license: str | None = None
+    dataset: str | None = None
+
+    def same_as(self, other: Self) -> bool:
+        """Whether both stand for the same folder, whichever version wrote it."""
+        aside = {"version", "license", "dataset"}
+        return self.model_dump(exclude=aside) == other.model_dump(exclude=aside)
+
+
+class ModuleLayout(Record):
+    """A module as modeling_flap.py rebuilds it: its projections, and the rows of each for one of what it counts."""
+
+    kind: Module
+    output: str
+    producers: dict[str, str]
+    rows: dict[str, int]
+    channels: str
+
+
+class FlapSection(Record):
+    """Sizes of every layer as written, in order, and biases that the family's own configuration does not know.
+
+    `parameters` is None in folders of older versions, `source_layers` where all layers were written, `output_error`
+    (per layer: share of the output's variance lost with the pruned channels' mean, and with least squares) without
+    least squares, `modules` in a stock checkpoint, which needs no modeling_flap.py.
+    """
+
+    format: Literal["flap-checkpoint/1"] = FORMAT
+    num_attention_heads: list[int]
+    num_key_value_heads: list[int]
+    intermediate_size: list[int]
+    biases: list[str]
+    parameters: int | None = None
+    source_layers: list[int] | None = None
+    output_error: dict[Module, list[tuple[float, float] | None]] | None = None
+    modules: list[ModuleLayout] | None = None
+    made_by: MadeBy
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> Self | None:
+        """The section of a config.json, None of one without. Raises FlapError where it is no such section."""
+        if config.get("flap") is None:
+            return None
+        try:
+            return cls.model_validate(config["flap"])
+        except ValidationError as error:
+            raise FlapError(f"{where}: `flap` in config.json is not of format {FORMAT}: {problems(error)}") from error
+
+    def layers(self) -> list[LayerShape]:
+        """Each layer's sizes. Raises FlapError where the lists of sizes are not equally long."""
+        columns = [getattr(self, size) for size in LayerShape._fields]
+        if len({len(column) for column in columns}) > 1:
+            raise FlapError(f"config.json: the per-layer sizes under `flap` are not {len(columns[0])} values each")
+        return [LayerShape(*row) for row in zip(*columns, strict=True)]
+
+    def as_json(self) -> dict[str, Any]:
+        """What config.json holds: what does not apply is left out, what a folder was made by is whole."""
+        return self.model_dump(exclude_none=True, exclude={"made_by"}) | {"made_by": self.made_by.model_dump()}

@@ -1,0 +1,130 @@
+"""The model card of a pruned folder (README.md), in the hub's form: YAML metadata, then what people read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flapcli.architecture.family import Family, GgufExport, families
+from flapcli.architecture.flap_section import FlapSection, MadeBy
+from flapcli.artifacts.eval_report import EvalReport
+from flapcli.artifacts.plan import Plan, load_plan
+from flapcli.artifacts.pruned_folder import PrunedFolder
+from flapcli.checkpoints.locate import DEMO, DEMO_HUB_ID
+from flapcli.errors import FlapError
+from flapcli.storage.atomic import atomic_file
+
+MARK = "<!-- Written by flap, and anew by `flap eval`; remove this line to keep text of your own. -->"
+
+
+def renew_card(folder: PrunedFolder, report: EvalReport) -> None:
+    """Put measured perplexities into the card of a pruned folder, unless its owner took the card over."""
+    path = folder.path / "README.md"
+    if path.exists() and MARK in path.read_text(encoding="utf-8"):
+        card = model_card(folder.config, load_plan(folder.path / "plan.yaml"), report)
+        with atomic_file(path) as scratch:
+            scratch.write_text(card, encoding="utf-8")
+
+
+def model_card(config: Mapping[str, Any], plan: Plan, report: EvalReport | None) -> str:
+    """The card of a folder with this config.json, pruned by this plan; `report` brings perplexities where known.
+
+    Raises FlapError where the configuration is of no pruned folder.
+    """
+    flap = FlapSection.of(config, "the model card")
+    if flap is None:
+        raise FlapError("the model card is of a checkpoint that flap did not write")
+    made_by = flap.made_by
+    sections = [
+        f"---\n{yaml.safe_dump(_metadata(made_by), sort_keys=False)}---",
+        MARK,
+        f"# {Path(made_by.model.name).name.removesuffix('.gguf')}, pruned by flap",
+        _summary(plan, made_by),
+        _table(plan, flap),
+        _figures(report) if report else "",
+        _loading(flap.modules is not None, families()[config["model_type"]]),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metadata(made_by: MadeBy) -> dict[str, Any]:
+    """The hub's metadata: base_model and license where they are known."""
+    known = {"base_model": _hub_id(made_by.model.name), "license": made_by.license}
+    return {key: value for key, value in known.items() if value} | {
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["flap", "pruning"],
+    }
+
+
+def _hub_id(name: str) -> str | None:
+    """The name as a hub id; None for a path on somebody's machine."""
+    if name == DEMO:
+        return DEMO_HUB_ID
+    return None if Path(name).is_absolute() else name
+
+
+def _summary(plan: Plan, made_by: MadeBy) -> str:
+    shown = _hub_id(made_by.model.name) or Path(made_by.model.name).name
+    how = "zeroed in place, shapes unchanged" if made_by.mask_only else "cut out"
+    what, source = "attention heads (or KV groups) and MLP neurons", "FLAP: An et al., AAAI 2024, arXiv 2312.11983"
+    if plan.method == "depth":
+        what, source = "decoder layers of least block influence", "ShortGPT: Men et al., 2024, arXiv 2403.03853"
+    return (
+        f"{plan.ratio.achieved:.2%} of the prunable weights of `{shown}` are {how}: whole {what}, chosen "
+        f"without retraining\n({source}). `plan.yaml` says which units stayed."
+    )
+
+
+def _table(plan: Plan, flap: FlapSection) -> str:
+    p, made_by = plan.parameters, flap.made_by
+    after = flap.parameters or (p.model if made_by.mask_only else p.model_after)  # older folders lack it
+    rows = {
+        "method, metric, structure": f"{plan.method}, {plan.metric}, {plan.structure}",
+        "ratio asked, achieved": f"{plan.ratio.requested}, {plan.ratio.achieved}",
+        "compensation": made_by.compensate + (", sequential" if made_by.sequential else ""),
+        "calibration text": made_by.dataset or "unknown",
+        "parameters before": f"{p.model:,}",
+        "parameters after": f"{after:,}",
+        "biases added": ", ".join(flap.biases) or "none",
+        "made by": f"flap {made_by.version}",
+    }
+    if flap.source_layers is not None:
+        rows["layers"] = f"{len(flap.source_layers)} of {len(plan.layers)}; the others are dropped whole"
+    for module, pairs in (flap.output_error or {}).items():
+        if known := [pair for pair in pairs if pair]:
+            lost, left = (sum(shares) / len(known) for shares in zip(*known, strict=True))
+            means = f"{lost:.2%} with the pruned channels' mean, {left:.2%} with least squares"
+            rows[f"output variance lost, {module}, mean over layers"] = means
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def _figures(report: EvalReport) -> str:
+    """Perplexities of the pruned model and of the dense one beside it."""
+    seqlen = report.settings.get("seqlen")
+    lines = [f"| perplexity (windows of {seqlen} tokens) | pruned | dense |", "|---|---|---|"]
+    for text, value in report.perplexity.items():
+        dense = f"{report.baseline.perplexity[text]:.2f}" if report.baseline else "not measured"
+        lines.append(f"| {Path(text).name} | {value:.2f} | {dense} |")
+    return "\n".join(lines)
+
+
+def _loading(remote_code: bool, family: Family) -> str:
+    option = ", trust_remote_code=True" if remote_code else ""
+    runtimes = "A stock checkpoint: no remote code, hence vLLM, TGI and SGLang load it as they load its base model."
+    if remote_code:
+        runtimes = "`modeling_flap.py` in this folder gives each layer its own sizes; flap itself is not needed."
+    if isinstance(family.gguf.export, GgufExport):
+        runtimes += "\n\nFor llama.cpp, Ollama and LM Studio: `flap export gguf` writes a GGUF file of it."
+    return f"""## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER{option})
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+{runtimes}"""

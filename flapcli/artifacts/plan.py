@@ -1,0 +1,278 @@
+"""The plan artifact: which units stay, for people to read and edit. No torch."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module
+from flapcli.artifacts.target import Target
+from flapcli.errors import FlapError, problems
+from flapcli.storage.atomic import atomic_file
+from flapcli.storage.record import Record
+
+FORMAT: Literal["flap-plan/1"] = "flap-plan/1"
+
+
+class ModelRef(Record):
+    name: str
+    revision: str | None = None
+    fingerprint: str
+    family: str
+
+
+class StatsRef(Record):
+    """`path` is relative to the plan's folder where the stats lie in or below it."""
+
+    path: str
+    sha256: str
+
+
+class Ratio(Record):
+    requested: float
+    achieved: float
+
+
+class UnitSize(Record):
+    """Weights of one unit, and entries of the producing projections' biases that go with it."""
+
+    weights: int
+    biases: int
+
+
+class Parameters(Record):
+    """Weights that could go, that stay, and the whole model's parameters before and after.
+
+    `model_after` is before compensation adds biases. `per_unit` is what the others are recomputed from.
+    """
+
+    prunable: int
+    kept: int
+    model: int
+    model_after: int
+    per_unit: dict[Module, UnitSize]
+
+
+class ModulePlan(Record):
+    """`keep`: the units that stay, as comma-separated inclusive ranges of indices below `of`."""
+
+    unit: Literal["head", "kv_group", "neuron"]
+    of: int
+    keep: str
+
+
+class LayerPlan(Record):
+    index: int
+    attention: ModulePlan
+    mlp: ModulePlan
+
+    def module(self, module: Module) -> ModulePlan:
+        return self.attention if module == "attention" else self.mlp
+
+
+class Plan(Record):
+    format: Literal["flap-plan/1"] = FORMAT
+    model: ModelRef
+    stats: StatsRef
+    method: str
+    metric: str
+    structure: str
+    settings: dict[str, str | int | float | bool | None]
+    ratio: Ratio
+    parameters: Parameters
+    layers: list[LayerPlan]
+
+    def kept(self, layer: int, module: Module) -> NDArray[np.int64]:
+        """Indices of the units that stay, ascending."""
+        return parse_ranges(self.layers[layer].module(module).keep)
+
+    @property
+    def target(self) -> Target | None:
+        """The parameters or bytes that were asked for in the place of a ratio; None without."""
+        return Target.of_settings(self.settings)
+
+    def counts(self, module: Module) -> list[int]:
+        """How many units stay, layer by layer."""
+        return [len(self.kept(layer, module)) for layer in range(len(self.layers))]
+
+
+def build_plan(
+    shape: ModelShape, stats: StatsRef, kept: dict[tuple[int, Module], NDArray[np.int64]], ratio: float, **chosen: Any
+) -> Plan:
+    """A plan from kept indices; `chosen` are method, metric, structure and settings."""
+
+    def module_plan(layer: int, module: Module) -> ModulePlan:
+        units, keep = shape.units(layer, module), format_ranges(kept[layer, module])
+        return ModulePlan.model_validate({"unit": shape.unit(module), "of": units, "keep": keep})
+
+    layers = [
+        LayerPlan(index=i, attention=module_plan(i, "attention"), mlp=module_plan(i, "mlp"))
+        for i in range(shape.num_layers)
+    ]
+    per_unit = {m: UnitSize(weights=shape.unit_parameters(m), biases=shape.unit_biases[m]) for m in MODULES}
+    model = ModelRef(name=shape.name, revision=shape.revision, fingerprint=shape.fingerprint, family=shape.family)
+    return Plan(model=model, stats=stats, layers=layers, **_totals(layers, shape.parameters, per_unit, ratio), **chosen)
+
+
+def _totals(layers: list[LayerPlan], model: int, per_unit: dict[Module, UnitSize], requested: float) -> dict[str, Any]:
+    """`parameters` and `ratio` of a plan: the share of the prunable weights that goes, rounded for readers."""
+    of = {m: sum(layer.module(m).of for layer in layers) for m in MODULES}
+    stay = {m: sum(len(parse_ranges(layer.module(m).keep)) for layer in layers) for m in MODULES}
+    prunable, kept = (sum(counts[m] * per_unit[m].weights for m in MODULES) for counts in (of, stay))
+    after = model - sum((of[m] - stay[m]) * (per_unit[m].weights + per_unit[m].biases) for m in MODULES)
+    achieved = round((prunable - kept) / prunable, 6) if prunable else 0.0
+    return {
+        "parameters": Parameters(prunable=prunable, kept=kept, model=model, model_after=after, per_unit=per_unit),
+        "ratio": Ratio(requested=requested, achieved=achieved),
+    }
+
+
+def format_ranges(indices: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2,5`."""
+    values = np.asarray(list(indices), dtype=np.int64)
+    if len(values) == 0:
+        return ""
+    runs = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def parse_ranges(text: str) -> NDArray[np.int64]:
+    """`0-2,5` as [0, 1, 2, 5], ascending. Raises ValueError for anything else, duplicates included."""
+    if not text.strip():
+        return np.zeros(0, dtype=np.int64)
+    runs = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if not match:
+            raise ValueError(f"{part.strip()!r} is neither an index nor a range such as 3-7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first > 10_000_000:
+            raise ValueError(f"range {part.strip()} runs backwards or is too long")
+        runs.append(np.arange(first, last + 1))
+    values = np.sort(np.concatenate(runs))
+    if len(twice := values[:-1][np.diff(values) == 0]):
+        raise ValueError(f"unit {twice[0]} stands there twice")
+    return values
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan, edited or not; `achieved` and `parameters` are computed anew from `keep`.
+
+    Raises FlapError that names all that is wrong with it.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError as error:
+        raise FlapError(f"no plan at {path}: run `flap plan` first, or give --plan") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlapError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise FlapError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise FlapError(f"{path} is not a plan of format {FORMAT}")
+    try:
+        plan = Plan.model_validate(raw)
+    except ValidationError as error:
+        raise FlapError(f"{path}: {problems(error)}") from error
+    if wrong := "; ".join(_problems(plan)):
+        raise FlapError(f"{path}: {wrong}")
+    parameters = plan.parameters
+    totals = _totals(plan.layers, parameters.model, parameters.per_unit, plan.ratio.requested)
+    return plan.model_copy(update=totals)
+
+
+def found_plan(path: Path, force: bool) -> Plan | None:
+    """The plan at `path`, None where nothing is; a foreign file is refused, a broken edit only replaced by `force`."""
+    if not path.exists():
+        return None
+    try:
+        return load_plan(path)
+    except FlapError as error:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        ours = text.partition("\n")[0].strip() == f"format: {FORMAT}"
+        if ours and force:
+            return None
+        hint = "mend it, or replace it with --force" if ours else "move it away or give another --out"
+        raise FlapError(f"{error}; {hint}") from error
+
+
+def _problems(plan: Plan) -> Iterable[str]:
+    for place, layer in enumerate(plan.layers):
+        if layer.index != place:
+            yield f"layer {layer.index} stands where layer {place} belongs"
+        for module in MODULES:
+            part = layer.module(module)
+            try:
+                units = parse_ranges(part.keep)
+            except ValueError as error:
+                yield f"layer {layer.index}, {module}: {error}"
+                continue
+            if len(units) and units[-1] >= part.of:
+                yield f"layer {layer.index}, {module}: there is no unit {units[-1]} among {part.of} ({part.unit})"
+
+
+def check_belongs(plan: Plan, shape: ModelShape, where: Path) -> None:
+    """Raise FlapError unless the plan was made for this model and its units are the model's."""
+    if plan.model.fingerprint != shape.fingerprint:
+        raise FlapError(
+            f"{where} was made for {plan.model.name} ({plan.model.fingerprint[:12]}), which {shape.name} "
+            f"({shape.fingerprint[:12]}) is not: give its --model, or calibrate and plan anew"
+        )
+    if len(plan.layers) != shape.num_layers:
+        raise FlapError(f"{where} has {len(plan.layers)} layers, {shape.name} has {shape.num_layers}")
+    wrong = [
+        f"layer {i}, {m}: {part.of} {part.unit}, expected {shape.units(i, m)} {shape.unit(m)}"
+        for i, layer in enumerate(plan.layers)
+        for m in MODULES
+        if ((part := layer.module(m)).of, part.unit) != (shape.units(i, m), shape.unit(m))
+    ]
+    if wrong:
+        raise FlapError(f"{where} does not fit {shape.name}: {'; '.join(wrong[:4])}")
+
+
+def pruned_layers(plan: Plan, shape: ModelShape) -> tuple[LayerShape, ...]:
+    """Sizes of every layer once the plan is applied."""
+    group = shape.query_heads_per_group
+    pairs = zip(plan.counts("attention"), plan.counts("mlp"), strict=True)
+    return tuple(LayerShape(heads * group, heads, neurons) for heads, neurons in pairs)
+
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_BaseDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_BaseDumper):
+    """Small mappings on one line, `keep` in quotes, for people to read and edit."""
+
+
+class _OneLine(dict[str, Any]): ...
+
+
+class _Quoted(str): ...
+
+
+_Dumper.add_representer(
+    _OneLine, lambda dumper, value: dumper.represent_mapping("tag:yaml.org,2002:map", value.items(), flow_style=True)
+)
+_Dumper.add_representer(
+    _Quoted, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style='"')
+)
+
+
+def save_plan(path: Path, plan: Plan) -> None:
+    """Write the plan atomically. Raises FlapError where the file system refuses."""
+    raw = plan.model_dump(exclude_none=True)
+    for key in ("model", "stats", "ratio", "settings"):
+        raw[key] = _OneLine(raw[key])
+    raw["parameters"]["per_unit"] = {m: _OneLine(size) for m, size in raw["parameters"]["per_unit"].items()}
+    for layer in raw["layers"]:
+        for module in MODULES:
+            layer[module] = _OneLine(layer[module], keep=_Quoted(layer[module]["keep"]))
+    with atomic_file(path) as scratch:
+        text = yaml.dump(raw, Dumper=_Dumper, sort_keys=False, width=2**30, allow_unicode=True)
+        scratch.write_text(text, encoding="utf-8")

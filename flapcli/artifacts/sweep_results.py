@@ -1,0 +1,64 @@
+"""The sweep artifact: what a model costs and says at several ratios, from one calibration. No torch."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from flapcli.artifacts.eval_report import Size
+from flapcli.artifacts.reuse import Kind, load_json, says_format
+from flapcli.storage.atomic import atomic_file
+from flapcli.storage.record import Record
+
+FORMAT: Literal["flap-sweep/1"] = "flap-sweep/1"
+
+
+class Figures(Size):
+    """One model's size and its results by text and task."""
+
+    perplexity: dict[str, float]
+    tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
+    task_average: float | None = None
+
+
+class Row(Figures):
+    """One ratio: as asked, as the plan achieved it, and each text's perplexity over the dense model's.
+
+    `folder`, relative to this file's, holds its plan and evaluation.
+    """
+
+    ratio: float
+    achieved: float
+    relative: dict[str, float]
+    folder: str
+
+
+class Sweep(Record):
+    """Rows by rising ratio, the dense model beside them, and what they were made with."""
+
+    format: Literal["flap-sweep/1"] = FORMAT
+    model: str
+    fingerprint: str
+    stats_sha256: str
+    settings: dict[str, Any]
+    dense: Figures | None
+    rows: list[Row]
+    versions: dict[str, str]
+
+
+def save_sweep(path: Path, sweep: Sweep) -> None:
+    """Write the artifact atomically. Raises FlapError where the file system refuses."""
+    with atomic_file(path) as scratch:
+        scratch.write_text(sweep.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read sweep.json. Raises FlapError where it is missing or not of the format."""
+    return load_json(path, Sweep, f"no sweep at {path}: run `flap sweep` first")
+
+
+SWEEP = Kind(
+    load_sweep,
+    lambda path: says_format(path, FORMAT),
+    "exists and is not a sweep of flap's: move it away or give another --run-dir",
+)

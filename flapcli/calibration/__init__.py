@@ -1,0 +1,1 @@
+"""Stage 1: how much every channel fluctuates on a text."""

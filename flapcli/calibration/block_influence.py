@@ -1,0 +1,45 @@
+"""Block influence: how much a decoder layer, or one of its modules, turns the residual stream (METHOD.md, Depth)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def stream_changes(before: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """1 - cosine similarity of every token's residual stream, (tokens, 3) float32.
+
+    The stream (..., hidden) is that before a layer, between its attention and its MLP, and after it; the columns
+    are those of `artifacts.stats.Influence`: the layer, its attention, its MLP. A stream of zeros counts as turned.
+    """
+    streams = [x.to(after.device).reshape(-1, x.shape[-1]) for x in (before, middle, after)]
+    stacked = torch.stack(streams, dim=1).float()
+    # All products of the three at once: several times as fast as three cosine similarities.
+    products = stacked @ stacked.transpose(1, 2)
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()
+    first, second = [0, 0, 1], [2, 1, 2]
+    scale = (norms[:, first] * norms[:, second]).clamp_min(torch.finfo(torch.float32).tiny)
+    return 1 - products[:, first, second] / scale
+
+
+def observe_layer(layer: nn.Module, between_modules: str, take: Callable[[torch.Tensor], None]) -> None:
+    """Call `take` with the layer's `stream_changes` after each of its forward passes.
+
+    `between_modules` is the layer's submodule whose input is the stream between its modules. Where that was not called,
+    the layer only passed its input on (as `execution.layerwise` has it), and nothing is taken.
+    """
+    seen: list[torch.Tensor] = []
+
+    def note(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[:] = inputs[:1]
+
+    def compare(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if seen:
+            before = args[0] if args else kwargs["hidden_states"]
+            take(stream_changes(before, seen.pop(), output[0] if isinstance(output, tuple) else output))
+
+    layer.register_forward_pre_hook(lambda *_: seen.clear())  # of a pass that failed half-way
+    layer.get_submodule(between_modules).register_forward_pre_hook(note)
+    layer.register_forward_hook(compare, with_kwargs=True)

@@ -1,0 +1,153 @@
+"""Calibration of a model in memory: one dense forward pass over the windows, and what it says of every channel."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flapcli.architecture.shape import MODULES, Module
+from flapcli.artifacts.stats import Influence, ModuleStats
+from flapcli.calibration.fisher import loss_gradient, track
+from flapcli.calibration.moments import Moments
+from flapcli.calibration.recorder import Key, Recorder, fisher_of, layer_stats_of
+from flapcli.calibration.workload import Workload
+from flapcli.checkpoints.column_norms import ColumnNorms
+from flapcli.checkpoints.shards import raw_bytes
+from flapcli.execution.batches import Batches
+from flapcli.execution.loading import load_model
+from flapcli.storage.atomic import atomic_file
+from flapcli.storage.dtypes import dtype_code, torch_dtype
+from flapcli.storage.resume import Resume
+from flapcli.storage.safetensors_file import StreamWriter, TensorSpec, read_header, read_into
+
+# A checkpoint is taken no sooner after the last one than this, and than 20 times what that one took.
+SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
+
+
+@dataclass
+class Measured:
+    """Everything a stats file holds besides its header."""
+
+    modules: dict[tuple[int, Module], ModuleStats]
+    influences: list[Influence]
+    grams: dict[tuple[int, Module], NDArray[np.float32]] | None
+    fisher: dict[tuple[int, Module], NDArray[np.float32]] | None
+
+
+def measure(work: Workload) -> Measured:
+    """Run this rank's windows through the dense decoder and return the statistics of all ranks.
+
+    Fisher information takes a backward pass through the activations, which gives no weight a gradient. Accumulators
+    are float64 (Gram sums float32) whatever dtype the model runs in. With `resume`, goes on after the batches that an
+    earlier run saved there. Away from rank 0 what is returned is of no use.
+    Raises FlapError on activations that are not finite and where memory does not suffice.
+    """
+    checkpoint, windows = work.checkpoint, work.windows
+    model = work.model or load_model(checkpoint, work.runtime.dtype, work.runtime.device, work.device_map)
+    device = next(p.device for p in model.parameters() if not p.is_meta)  # what accelerate offloads is meta
+    decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
+    recorder = Recorder(checkpoint, model, work.gram, device, work.fisher)
+    if work.fisher:
+        track(model)
+    saved = Saved(work.resume, recorder) if work.resume else None
+    done = saved.restore() if saved else 0
+    if done:
+        work.progress.note(f"going on after window {done} of {len(windows)}")
+
+    def step(part: slice) -> None:
+        recorder.abandon()
+        ids = torch.from_numpy(windows[part]).to(device)
+        states = decoder(input_ids=ids, use_cache=False)[0]
+        if work.fisher:
+            states.backward(loss_gradient(model.get_output_embeddings(), states, ids))
+        recorder.commit()
+        work.ranks.check()
+
+    seqlen = windows.shape[1]
+    batches = Batches(seqlen, device, work.runtime.batch_size, work.progress, backward=work.fisher)
+    with torch.enable_grad() if work.fisher else torch.inference_mode():
+        with work.progress.task("calibrate", windows.size, "tokens") as advance:
+            advance(done * seqlen)
+
+            def taken(tokens: int) -> None:
+                """Not in the step: out of memory here is no reason to take in the batch again."""
+                if saved:
+                    saved.after(tokens // seqlen)
+                advance(tokens)
+
+            batches.run(len(windows), step, taken, done)
+        return _complete(work, recorder)
+
+
+def _complete(work: Workload, recorder: Recorder) -> Measured:
+    checkpoint, ranks = work.checkpoint, work.ranks
+    measured = Measured({}, [], {} if recorder.gram else None, {} if recorder.fisher else None)
+    for layer in range(checkpoint.shape.num_layers):
+        weights = {module: f"{checkpoint.family.output(layer, module)}.weight" for module in MODULES}
+        there = checkpoint.tensors if ranks.rank == 0 else {}
+        norms = {m: ColumnNorms.of(checkpoint.read(name)) if name in there else None for m, name in weights.items()}
+        influence, modules, grams = layer_stats_of(recorder, layer, norms, ranks)
+        measured.influences.append(influence)
+        measured.modules |= {(layer, module): stats for module, stats in modules.items()}
+        if measured.grams is not None and ranks.rank == 0:
+            measured.grams |= {(layer, module): gram for module, gram in grams.items()}
+        if measured.fisher is not None:
+            found = fisher_of(recorder, layer, ranks)
+            measured.fisher |= {(layer, module): values for module, values in found.items()}
+    return measured
+
+
+class Saved:
+    """The recorder's sums in the resume folder, with the number of windows that they are of."""
+
+    def __init__(self, resume: Resume, recorder: Recorder) -> None:
+        self.resume, self.recorder = resume, recorder
+        self.path = resume.folder / "moments.safetensors"
+        self._next = time.monotonic() + SECONDS_BETWEEN
+        self._windows = 0
+
+    def restore(self) -> int:
+        """Take in what an earlier run saved; returns how many windows that is."""
+        if not self.resume.found or not self.path.exists():
+            return 0
+        header = read_header(self.path)
+        values = {name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for name, spec in header.tensors.items()}
+        for name, value in values.items():
+            read_into(self.path, header.offsets[name], raw_bytes(value))
+        for key in self.recorder.moments:
+            name = _name(key)
+            if f"{name}.mean" in values:
+                count = int(header.metadata[name])
+                self.recorder.moments[key] = Moments(count, values[f"{name}.mean"], values[f"{name}.m2"])
+            if f"{name}.gram" in values:
+                self.recorder.grams[key] = values[f"{name}.gram"].to(self.recorder.device)
+        self._windows = int(header.metadata["windows"])
+        return self._windows
+
+    def after(self, windows: int) -> None:
+        """Save now and then; `windows` more have been taken in."""
+        self._windows += windows
+        start = time.monotonic()
+        if start < self._next:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        metadata = {"windows": str(self._windows)}
+        for key, moments in self.recorder.moments.items():
+            if moments.count:
+                tensors |= {f"{_name(key)}.mean": moments.mean, f"{_name(key)}.m2": moments.m2}
+                metadata[_name(key)] = str(moments.count)
+        tensors |= {f"{_name(key)}.gram": total for key, total in self.recorder.grams.items()}
+        specs = [TensorSpec(name, tuple(value.shape), dtype_code(value.dtype)) for name, value in tensors.items()]
+        self.resume.ready()
+        with atomic_file(self.path) as scratch, StreamWriter(scratch, specs, metadata) as out:
+            for name, value in tensors.items():
+                out.write(name, raw_bytes(value))
+        now = time.monotonic()
+        self._next = now + max(SECONDS_BETWEEN, TIMES_ITS_COST * (now - start))
+
+
+def _name(key: Key) -> str:
+    layer, module = key
+    return f"layers.{layer}.{module}"

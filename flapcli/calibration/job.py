@@ -1,0 +1,147 @@
+"""The part of stage 1 that computes: where, in which of the two ways, and from which checkpoint on."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flapcli.artifacts.stats import Calibration, GramDtype, StatsHeader, file_bytes, gram_bytes
+from flapcli.artifacts.stats_writer import StatsWriter, save_stats
+from flapcli.artifacts.versions import versions
+from flapcli.calibration.brain_surgeon import eliminator
+from flapcli.calibration.calibration_text import CalibrationText
+from flapcli.calibration.in_memory import measure
+from flapcli.calibration.recorder import NotFiniteError
+from flapcli.calibration.request import CalibrationRequest
+from flapcli.calibration.streaming import stream
+from flapcli.calibration.workload import Workload
+from flapcli.checkpoints import Checkpoint
+from flapcli.errors import FlapError
+from flapcli.execution.device import Runtime, own_gpu
+from flapcli.execution.loading import quiet_transformers
+from flapcli.execution.memory import should_stream
+from flapcli.execution.ranks import Ranks
+from flapcli.progress import Progress, Silent
+from flapcli.storage.atomic import explain, require_space
+from flapcli.storage.dtypes import dtype_name
+from flapcli.storage.resume import Resume, discard_all, key_of
+from flapcli.storage.sizes import parse_size
+from flapcli.texts.windows import windows_sha256
+
+
+def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ranks: Ranks) -> StatsHeader:
+    """Measure and write what is asked for, going on where a killed run of the same stopped; `force` begins anew."""
+    quiet_transformers()
+    checkpoint, options, execution = request.checkpoint, request.options, request.execution
+    checkpoint.shape  # noqa: B018  an unknown family or a corrupt checkpoint is refused before any text is asked for
+    progress = Silent() if ranks.rank else progress
+    runtime = Runtime.of(execution, options.dtype)
+    runtime = Runtime(own_gpu(runtime.device), runtime.dtype, runtime.batch_size)
+    streamed = not execution.device_map and any(
+        ranks.agree(should_stream(checkpoint, runtime, options.gram, execution.stream, progress))
+    )
+    text = CalibrationText(request.out, checkpoint, options, runtime, execution.device_map, streamed)
+    windows = text.windows(force, progress, ranks)
+    refuse_unlike_ranks(ranks, checkpoint, windows, runtime.dtype)
+    header = _header(request, windows, runtime, streamed)
+    facts = {"header": header.model_dump(mode="json"), "device": runtime.device.type, "rank": [ranks.rank, ranks.size]}
+    with Resume(request.out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size) as resume:
+        if force:
+            resume.discard()
+        work = Workload(
+            checkpoint, windows[ranks.share(len(windows))], runtime, options.gram, options.fisher,
+            progress, ranks, resume, execution.device_map, text.model,
+        )  # fmt: skip
+        try:
+            _run(request, header, work, resume)
+        except NotFiniteError:
+            resume.discard()
+            raise
+        except OSError as error:
+            raise explain(error, resume.folder) from error
+    ranks.agree(None)  # until rank 0 has written all, each may have to go on
+    discard_all(request.out)
+    return header
+
+
+def _header(request: CalibrationRequest, windows: NDArray[np.int64], runtime: Runtime, streamed: bool) -> StatsHeader:
+    options = request.options
+    calibration = Calibration(
+        dataset=str(options.dataset),
+        nsamples=options.nsamples,
+        seqlen=options.seqlen,
+        seed=options.seed,
+        text_column=options.text_column,
+        tokens=int(windows.size),
+        dtype=dtype_name(runtime.dtype),
+        source_sha256=request.text_sha256,
+        windows_sha256=windows_sha256(windows),
+        mode="streamed" if streamed else "in-memory",
+    )
+    shape = request.checkpoint.shape
+    return StatsHeader(model=shape, calibration=calibration, settings=asdict(options), versions=versions())
+
+
+def refuse_unlike_ranks(ranks: Ranks, checkpoint: Checkpoint, windows: NDArray[np.int64], dtype: torch.dtype) -> None:
+    """Raise FlapError where ranks would add up sums of unlike things."""
+    mine = {"model": checkpoint.fingerprint, "text": windows_sha256(windows), "--dtype": dtype_name(dtype)}
+    first, *others = ranks.agree(mine)
+    for rank, theirs in enumerate(others, 1):
+        if unlike := [name for name in first if theirs[name] != first[name]]:
+            raise FlapError(
+                f"rank {rank} and rank 0 do not calibrate the same, they differ in: {', '.join(unlike)} (files, "
+                "versions of transformers, or what --dtype auto stands for): make them alike, or give --dtype"
+            )
+
+
+def _run(request: CalibrationRequest, header: StatsHeader, work: Workload, resume: Resume) -> None:
+    stored: GramDtype = "BF16" if request.options.gram_dtype == "bfloat16" else "F32"
+    gram = stored if work.gram else None
+    streamed = header.calibration.mode == "streamed"
+    _check_space(request, work, gram, streamed, resume.nbytes)
+    if streamed:
+        growing = resume.ready() / "stats.safetensors"
+        writer = StatsWriter(growing, header, gram, resume=True) if work.ranks.rank == 0 else None
+        stream(work, resume, writer, parse_size(request.execution.activation_memory, "--activation-memory"))
+        if writer:
+            with writer:  # checks that all is there
+                pass
+            os.replace(growing, request.out)
+        return
+    measured = measure(work)
+    if work.ranks.rank:
+        return
+    found = measured.modules, measured.influences, measured.grams, measured.fisher
+    layers = header.model.num_layers if gram and work.fisher else 0
+    with work.progress.task("eliminate", layers, "layers") if layers else nullcontext(lambda _: None) as advance:
+        save_stats(request.out, header, *found, stored, eliminator(work.checkpoint, advance))
+
+
+def _check_space(
+    request: CalibrationRequest, work: Workload, gram: GramDtype | None, streamed: bool, there_already: int
+) -> None:
+    """Say how large Gram matrices are. Raises FlapError where the disk is too full for what will be written."""
+    shape = work.checkpoint.shape
+    needed = file_bytes(shape, gram) if work.ranks.rank == 0 else 0
+    if gram:
+        layers = [gram_bytes(shape, layer, gram) for layer in range(shape.num_layers)]
+        work.progress.note(
+            f"Gram matrices take {sum(layers) / 1e9:.2f} GB on disk ({max(layers) / 1e9:.3f} GB a layer, "
+            f"{request.options.gram_dtype})"
+        )
+    states = work.windows.size * shape.hidden_size * work.runtime.dtype.itemsize
+    if streamed and work.fisher:  # and a layer's gradients
+        states *= shape.num_layers + 3
+        work.progress.note(
+            "Fisher information layer by layer keeps hidden states between all layers on disk until it is done: "
+            f"{states / 1e9:.2f} GB"
+        )
+        needed += states
+    elif streamed:  # a layer's input and output
+        needed += 2 * states
+    elif gram:  # the sums so far
+        needed += file_bytes(shape, "F32")
+    require_space(request.out.parent, max(needed - there_already, 0))

@@ -1,0 +1,43 @@
+"""A calibration as asked for, before anything heavy is imported."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from flapcli.artifacts.stats import StatsHeader
+from flapcli.checkpoints import Checkpoint
+from flapcli.execution.settings import CalibrateOptions, Execution
+from flapcli.texts.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Of which checkpoint, into which file, on what text, and how the model runs."""
+
+    out: Path
+    checkpoint: Checkpoint
+    options: CalibrateOptions
+    execution: Execution
+
+    @cached_property
+    def text_sha256(self) -> str | None:
+        """Hash of the texts that lie on this machine; None where none does."""
+        return Mixture.read(str(self.options.dataset)).sha256()
+
+    def answered_by(self, found: StatsHeader) -> bool:
+        """Whether these statistics are what is asked for.
+
+        A dtype that `auto` stands for is as good, and so are Gram matrices and Fisher information on top.
+        """
+        asked = asdict(self.options)
+        recorded = {"gram_dtype": "float32", "fisher": False} | found.settings
+        if asked["dtype"] == found.calibration.dtype:
+            recorded["dtype"] = asked["dtype"]
+        if not asked["gram"]:
+            recorded |= {"gram": False, "gram_dtype": asked["gram_dtype"]}
+        if not asked["fisher"]:
+            recorded["fisher"] = False
+        model, checkpoint = found.model, self.checkpoint
+        theirs = (model.fingerprint, model.name, model.revision)
+        same_model = theirs == (checkpoint.fingerprint, checkpoint.name, checkpoint.hub.revision)
+        return same_model and recorded == asked and found.calibration.source_sha256 == self.text_sha256

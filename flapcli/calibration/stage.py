@@ -1,0 +1,74 @@
+"""Stage 1, `flap calibrate`: statistics of a model, or those that are there already. Imports torch only to compute."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flapcli.artifacts.stats import STATS, StatsHeader
+from flapcli.calibration.request import CalibrationRequest
+from flapcli.checkpoints import DEMO, Hub, open_checkpoint
+from flapcli.errors import UsageError
+from flapcli.execution.processes import several_processes
+from flapcli.execution.settings import CalibrateOptions, Execution
+from flapcli.progress import Progress, Silent
+from flapcli.storage.sizes import parse_size
+from flapcli.texts.corpus import default_text
+from flapcli.texts.mixture import Mixture
+
+if TYPE_CHECKING:
+    from flapcli.execution.ranks import Ranks
+
+__all__ = ["CalibrateOptions", "calibrate"]
+
+
+def calibrate(
+    model: str = DEMO,
+    out: Path = Path("flap-run/stats.safetensors"),
+    options: CalibrateOptions = CalibrateOptions(),
+    hub: Hub = Hub(),
+    execution: Execution = Execution(),
+    force: bool = False,
+    progress: Progress = Silent(),
+) -> tuple[StatsHeader, bool]:
+    """The statistics of MODEL in `out`, and whether they were there already.
+
+    Rank 0 writes where torchrun started several. Raises UsageError for options that don't go together, FlapError where
+    model or text can't be had.
+    """
+    options = replace(options, dataset=options.dataset or default_text(model))
+    mixture = Mixture.read(str(options.dataset))
+    _check(options, execution, mixture)
+    with _several_ranks(execution.rank_timeout) as ranks:
+        request = CalibrationRequest(out, open_checkpoint(model, hub), options, execution)
+        request.text_sha256  # noqa: B018  a text that can't be read is told before what lies at `out` is looked at
+        current = STATS.current(out, request.answered_by, force)
+        if ranks:  # all do as rank 0, whose file it is
+            answer = ranks.agree(current and current.model_dump(mode="json"))[0]
+            current = answer and StatsHeader.model_validate(answer)
+        if current:
+            return current, True
+        from flapcli.calibration.job import write_stats
+        from flapcli.execution.ranks import Ranks
+
+        return write_stats(request, force, progress, ranks or Ranks.alone()), False
+
+
+def _several_ranks(timeout: float) -> "AbstractContextManager[Ranks | None]":
+    """The processes that torchrun started; None where this is the only one, so that torch is not imported for that."""
+    if not several_processes():
+        return nullcontext()
+    from flapcli.execution.ranks import Ranks
+
+    return Ranks.from_environment(timeout)
+
+
+def _check(options: CalibrateOptions, execution: Execution, mixture: Mixture) -> None:
+    """Raise UsageError for misuse, before anything is opened."""
+    mixture.check()
+    if min(options.nsamples, options.seqlen - 1) < 1:
+        raise UsageError("--nsamples must be at least 1 and --seqlen at least 2")
+    mixture.counts(options.nsamples)  # refuses shares of nothing
+    parse_size(execution.activation_memory, "--activation-memory")
+    if execution.stream and execution.device_map:
+        raise UsageError("--stream uses one device: leave out --device-map")

@@ -1,0 +1,26 @@
+"""Checkpoints as they lie on disk: found, read tensor by tensor, and written; the model is never built."""
+
+from pathlib import Path
+
+from flapcli.checkpoints.bin_folder import BinCheckpoint, has_only_bin
+from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.checkpoints.gguf import GgufCheckpoint
+from flapcli.checkpoints.huggingface import SafetensorsCheckpoint
+from flapcli.checkpoints.locate import DEMO, Hub
+from flapcli.checkpoints.locate import locate as _locate
+
+__all__ = ["DEMO", "Checkpoint", "GgufCheckpoint", "Hub", "open_checkpoint"]
+
+
+def open_checkpoint(name: str, hub: Hub | None = None) -> Checkpoint:
+    """Open a MODEL: a folder, a `.gguf` file, a hub id or `demo`.
+
+    Raises FlapError where it can't be found or reached, is of no known family, or is corrupt.
+    """
+    hub = hub or Hub()
+    found = _locate(name, hub)
+    # A file's link keeps its name: the hub's cache links to blobs, whose names say nothing.
+    stored = (str(found.absolute() if found.is_file() else found.resolve())) if Path(name).exists() else name
+    if found.is_file():
+        return GgufCheckpoint(stored, found, hub)
+    return (BinCheckpoint if has_only_bin(found) else SafetensorsCheckpoint)(stored, found, hub)

@@ -1,0 +1,93 @@
+"""A Hugging Face folder with pickled PyTorch weights (`pytorch_model.bin`), in one file or in shards.
+
+Only tensors are unpickled (`weights_only=True`), never code, and their bytes are memory-mapped.
+"""
+
+import zipfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flapcli.checkpoints.huggingface import FolderCheckpoint
+from flapcli.errors import FlapError, first_line
+from flapcli.storage.dtypes import dtype_code
+from flapcli.storage.safetensors_file import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "pytorch_model.bin"
+
+
+def has_only_bin(folder: Path) -> bool:
+    """Whether a folder's weights are in .bin files and in no safetensors files."""
+
+    def holds(name: str) -> bool:
+        return (folder / name).exists() or (folder / f"{name}.index.json").exists()
+
+    return holds(SINGLE) and not holds("model.safetensors")
+
+
+class BinCheckpoint(FolderCheckpoint):
+    @cached_property
+    def files(self) -> list[Path]:
+        return self._weight_files(SINGLE, ".bin")
+
+    @cached_property
+    def _specs(self) -> dict[Path, dict[str, TensorSpec]]:
+        return {path: _headers(path) for path in self.files}
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        return {name: path for path, specs in self._specs.items() for name in specs}
+
+    @cached_property
+    def stored(self) -> dict[str, TensorSpec]:
+        return {name: spec for specs in self._specs.values() for name, spec in specs.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The archive's directory has the CRC of every member, so the weights themselves are in the hash."""
+        digest = self._architecture_digest()
+        for path in self.files:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            for member in _directory(path):
+                digest.update(f"{member.filename} {member.file_size} {member.CRC}".encode())
+        return digest.hexdigest()
+
+    def read(self, name: str) -> "torch.Tensor":
+        # Opened for each tensor: a mapping that is kept would count every page read as ours.
+        return _load(self._places[name], "cpu")[name].clone().contiguous()
+
+
+def _directory(path: Path) -> list[zipfile.ZipInfo]:
+    """Members of a .bin file. Raises FlapError where it is missing, corrupt or of the kind before PyTorch 1.6."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except OSError as error:
+        raise FlapError(f"cannot read {path}: {error.strerror}") from error
+    except zipfile.BadZipFile as error:
+        raise FlapError(
+            f"{path} is truncated, corrupt or of the format before PyTorch 1.6: "
+            "save it anew by `save_pretrained` of a transformers that loads it"
+        ) from error
+
+
+def _headers(path: Path) -> dict[str, TensorSpec]:
+    import torch
+
+    found = {n: t for n, t in _load(path, "meta").items() if isinstance(t, torch.Tensor)}
+    return {name: TensorSpec(name, tuple(tensor.shape), dtype_code(tensor.dtype)) for name, tensor in found.items()}
+
+
+def _load(path: Path, place: str) -> "dict[str, torch.Tensor]":
+    import pickle
+
+    import torch
+
+    _directory(path)
+    try:
+        return torch.load(path, map_location=place, weights_only=True, mmap=place == "cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise FlapError(f"{path} is corrupt or holds more than tensors: {first_line(error)}") from error

@@ -1,0 +1,188 @@
+"""What every kind of checkpoint offers: sizes and fingerprint from headers, tensors one by one."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flapcli.architecture.family import Family, family_of
+from flapcli.architecture.flap_section import FlapSection, MadeBy
+from flapcli.architecture.shape import MODULES, ModelShape, Module, StoredWeights
+from flapcli.checkpoints.locate import Hub
+from flapcli.errors import FlapError
+from flapcli.storage.dtypes import ITEM_SIZE
+from flapcli.storage.safetensors_file import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+class Checkpoint(ABC):
+    """A checkpoint on disk.
+
+    `name` finds it again (hub id, absolute path or `demo`), `path` is its folder or file here.
+    """
+
+    def __init__(self, name: str, path: Path, hub: Hub) -> None:
+        self.name, self.path, self.hub = name, path, hub
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """config.json, or what it would be."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of what identifies the model without reading weights."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> dict[str, TensorSpec]:
+        """Every tensor by its transformers name, from headers alone."""
+
+    @property
+    @abstractmethod
+    def _stored_sizes(self) -> list[tuple[str, int]]:
+        """Type (such as BF16 or Q4_1) and bytes of every tensor as stored."""
+
+    @property
+    @abstractmethod
+    def license(self) -> str | None:
+        """The licence's id as its publisher states it, where one is stated."""
+
+    @abstractmethod
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor, on the CPU, as stored (quantised ones dequantised to float32)."""
+
+    @abstractmethod
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase": ...
+
+    @abstractmethod
+    def load_config(self) -> "PreTrainedConfig":
+        """The transformers configuration object."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors as stored."""
+        return sum(nbytes for _, nbytes in self._stored_sizes)
+
+    @property
+    def stored_as(self) -> str:
+        """The type that most of the weights are stored in, such as BF16 or Q4_1."""
+        sizes: Counter[str] = Counter()
+        for dtype, nbytes in self._stored_sizes:
+            sizes[dtype] += nbytes
+        return max(sizes, key=sizes.__getitem__)
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.config, self.name)
+
+    @cached_property
+    def flap(self) -> FlapSection | None:
+        """What flap wrote into config.json where it pruned this checkpoint. Raises FlapError for a broken section."""
+        return FlapSection.of(self.config, self.name)
+
+    @property
+    def made_by(self) -> MadeBy | None:
+        """What this checkpoint was pruned from and how; None of one that was not."""
+        return self.flap.made_by if self.flap else None
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """The tensors that count: without a tied head's copy and without what no runtime reads."""
+        tied = f"{self.family.head}.weight" if self.config.get("tie_word_embeddings") else None
+        dropped = tuple(f".{suffix}" for suffix in self.family.ignored_suffixes)
+        counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped)}
+        for name, spec in counted.items():
+            if spec.dtype.startswith("F8"):
+                raise FlapError(
+                    f"{self.name}: tensor {name} is float8 ({spec.dtype}), which flap does not prune: give the "
+                    "checkpoint in bfloat16, float16 or float32 (dequantise it first)"
+                )
+        return counted
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Sizes for planning, checked against the tensors. Raises FlapError naming all that do not fit."""
+        sizes = self.family.read_sizes(self.config)
+        shape = ModelShape(
+            name=self.name,
+            revision=self.hub.revision,
+            fingerprint=self.fingerprint,
+            family=self.family.name,
+            parameters=sum(prod(spec.shape) for spec in self.tensors.values()),
+            mlp_projections=len(self.family.mlp.producers) + 1,
+            unit_biases={module: self._unit_biases(module, sizes) for module in MODULES},
+            layers=self.family.read_layers(self.config, self.flap),
+            weights=self._stored_weights(sizes["num_layers"]),
+            **sizes,
+        )
+        if wrong := list(self._misfits(shape)):
+            more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
+            raise FlapError(f"{self.name}: {'; '.join(wrong[:4])}{more}")
+        return shape
+
+    def _stored_weights(self, num_layers: int) -> StoredWeights:
+        """Bytes of all tensors that count, as apply writes them by default."""
+        prefix = self.family.layer.split("{i}")[0]
+        layers = [spec for name, spec in self.tensors.items() if name.startswith(prefix) and len(spec.shape) == 2]
+        sizes = {ITEM_SIZE[spec.dtype] for spec in layers or self.tensors.values()}
+        outputs = {m: [f"{self.family.output(i, m)}.bias" for i in range(num_layers)] for m in MODULES}
+        return StoredWeights(
+            bytes=sum(spec.nbytes for spec in self.tensors.values()),
+            itemsize=(min(sizes), max(sizes)),
+            output_biases={m: sum(name in self.tensors for name in names) for m, names in outputs.items()},
+        )
+
+    def _unit_biases(self, module: Module, sizes: dict[str, int]) -> int:
+        """Bias entries of the producing projections that go with one unit."""
+        group = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+        rows = {
+            "num_attention_heads": group * sizes["head_dim"],
+            "num_key_value_heads": sizes["head_dim"],
+            "intermediate_size": 1,
+        }
+        prefix = self.family.layer.split("{i}")[0]
+        in_layers = [name for name in self.tensors if name.startswith(prefix)]
+        producers = self.family.module(module).producers
+        return sum(rows[size] for p, size in producers.items() if any(n.endswith(f"{p}.bias") for n in in_layers))
+
+    def _misfits(self, shape: ModelShape) -> Iterator[str]:
+        """What is missing, unknown, or of a shape that the configuration does not say."""
+        expected = self.expected_shapes(shape)
+        for name, want in expected.items():
+            spec = self.tensors.get(name)
+            if spec is None and not name.endswith(".bias"):
+                yield f"tensor {name} is missing"
+            elif spec is not None and spec.shape != want:
+                yield f"tensor {name} has shape {list(spec.shape)}, expected {list(want)}"
+        layers = [self.family.layer.format(i=i) for i in range(shape.num_layers)]
+        whole = {f"{layer}.{part}" for layer in layers for part in self.family.untouched_in_layer}
+        whole.update(self.family.outside_layers)
+        for name in self.tensors:
+            if name not in expected and name.rpartition(".")[0] not in whole:
+                yield f"tensor {name} is not known to family {self.family.name}"
+
+    def expected_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of all weights and possible biases of the projections that pruning touches."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for i, layer in enumerate(shape.layers):
+            prefix = self.family.layer.format(i=i)
+            for module in MODULES:
+                description = self.family.module(module)
+                channels = shape.units(i, module) * shape.channels_per_unit(module)
+                expected[f"{prefix}.{description.output}.bias"] = (shape.hidden_size,)
+                if channels == 0:  # pruned away whole: at most the bias is there
+                    continue
+                expected[f"{prefix}.{description.output}.weight"] = (shape.hidden_size, channels)
+                for producer, size in description.producers.items():
+                    rows = getattr(layer, size) * shape.rows_per(size)
+                    expected[f"{prefix}.{producer}.weight"] = (rows, shape.hidden_size)
+                    expected[f"{prefix}.{producer}.bias"] = (rows,)
+        return expected

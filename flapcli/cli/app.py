@@ -1,0 +1,20 @@
+"""The command line: all commands of `flap`, in the order of its help."""
+
+import typer
+
+from flapcli.cli import options as o
+from flapcli.cli.command import app
+
+# isort: off
+# Importing one registers its commands.
+from flapcli.cli import stages, run_command, sweep_command, results  # noqa: F401
+# isort: on
+
+
+def main() -> None:
+    app()
+
+
+@app.callback()
+def _global(context: typer.Context, version: o.Version = False, debug: o.Debug = False) -> None:
+    context.obj = debug  # commands have --debug of their own, and look here too

@@ -1,0 +1,157 @@
+"""The commands that use results: report to push, show and families. What is heavy is imported inside."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flapcli.cli import options as o
+from flapcli.cli.command import RUN, command, tell
+from flapcli.errors import UsageError
+from flapcli.views import terminal
+
+
+@command("report")
+def report(run_dir: o.Run = RUN, out: o.Out = None, compare: o.CompareRuns = None) -> None:
+    """Write one self-contained HTML page of a run -> DIR/report.html."""
+    from flapcli.views.page import write_page
+
+    path = out or run_dir / "report.html"
+    write_page(run_dir, path, compare or [])
+    terminal.note(f"{path}: written")
+
+
+@command("compare")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Run folders, or eval.json files.")],
+    as_json: o.Json = False,
+) -> None:
+    """Put runs side by side: settings that differ, sizes, perplexities, tasks, speed."""
+    if len(runs) < 2:
+        raise UsageError("compare: give at least two runs")
+    from flapcli.views.compare import compare as side_by_side
+    from flapcli.views.comparison_tables import show_comparison
+
+    found = side_by_side(runs)
+    terminal.data(found) if as_json else show_comparison(found)
+
+
+@command("diff")
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.yaml, or a run folder.")],
+    second: Annotated[Path, typer.Argument(metavar="PLAN", help="Another.")],
+    as_json: o.Json = False,
+) -> None:
+    """Say which units two plans keep differently, per layer and in all."""
+    from flapcli.artifacts.plan import load_plan
+    from flapcli.views.compare import diff as apart
+    from flapcli.views.comparison_tables import show_difference
+
+    one, two = (load_plan(path / "plan.yaml" if path.is_dir() else path) for path in (first, second))
+    found = apart(one, two)
+    terminal.data(found) if as_json else show_difference(found, str(first), str(second))
+
+
+@command("generate")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    run_dir: o.Run = RUN,
+    checkpoint: o.CheckpointOption = None,
+    model: o.DenseModel = None,
+    *,
+    asked: o.GenerateGroup,
+    device: o.Device = "auto",
+    dtype: o.EvalDtype = "auto",
+    threads: o.Threads = None,
+    hub: o.HubGroup,
+    as_json: o.Json = False,
+) -> None:
+    """Print what the dense and the pruned model say to a prompt, side by side."""
+    if asked.temperature is not None and not asked.sample:
+        raise UsageError("--temperature is for --sample; greedy decoding has none")
+    from flapcli.cli.resolve import hub_of
+    from flapcli.evaluation.generate import generate as continued
+    from flapcli.execution.settings import Execution, GenerateOptions
+    from flapcli.views.comparison_tables import show_texts
+
+    options = GenerateOptions(
+        asked.max_new_tokens, asked.sample, asked.seed, asked.temperature or 1.0, asked.chat, dtype, asked.baseline
+    )
+    name, how = checkpoint or str(run_dir / "pruned"), Execution(device, threads=threads)
+    said = continued(prompt, name, options, model, hub_of(hub), how, terminal.Bars())
+    terminal.data({"prompt": prompt, **said}) if as_json else show_texts(said)
+
+
+@command("export")
+def export(
+    target: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="What to write: gguf (llama.cpp, Ollama, LM Studio).")
+    ],
+    checkpoint: Annotated[str, o.Checkpoint(help="What to export.")] = "",
+    run_dir: o.Run = RUN,
+    out: o.Out = None,
+    outtype: o.Outtype = "f16",
+    *,
+    hub: o.HubGroup,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Write a pruned checkpoint for another runtime -> DIR/pruned.gguf, and an Ollama Modelfile beside it."""
+    if target != "gguf":
+        raise UsageError(f"export {target}: the formats are gguf")
+    from flapcli.cli.resolve import hub_of
+    from flapcli.export.stage import export_gguf
+
+    path, name = out or run_dir / "pruned.gguf", checkpoint or str(run_dir / "pruned")
+    exported, cached = export_gguf(name, path, outtype, hub_of(hub), force, terminal.Bars())
+    tell(path, exported, cached, as_json)
+
+
+@command("push")
+def push(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the hub; created where it is not there.")],
+    checkpoint: Annotated[Path | None, o.Checkpoint(help="Pruned folder.")] = None,
+    run_dir: o.Run = RUN,
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
+) -> None:
+    """Upload a pruned folder to the hub; the token comes from the environment."""
+    from flapcli.export.push import push as upload
+
+    terminal.note(f"uploaded: {upload(checkpoint or run_dir / 'pruned', repo, private)}")
+
+
+@command("show")
+def show(
+    path: Annotated[
+        Path, typer.Argument(metavar="[DIR|FILE]", help="Run folder, stats, plan, checkpoint or another artifact.")
+    ] = RUN,
+    plot: o.Plot = None,
+    as_json: o.Json = False,
+) -> None:
+    """Say what is in a run, a stats file, a plan, a checkpoint, eval.json, sweep.json or self.json."""
+    from flapcli.views.contents import VIEWS, data_of, inspect
+
+    artifacts = inspect(path)
+    if plot:
+        from flapcli.views.plots import save_picture
+
+        save_picture(path, plot)
+        terminal.note(f"{plot}: written")
+    if as_json:
+        terminal.data(data_of(artifacts))
+    else:
+        for made in artifacts:
+            VIEWS[type(made)].draw(made)
+
+
+@command("families")
+def families(as_json: o.Json = False) -> None:
+    """List the model families that flap prunes."""
+    from flapcli.architecture.family import families as known
+    from flapcli.views import tables
+
+    rows = [
+        {"family": f.name, "covers": f.covers, "model_type": f.model_type, "architecture": f.architecture}
+        for f in known().values()
+    ]
+    terminal.data(rows) if as_json else tables.show_families(rows)

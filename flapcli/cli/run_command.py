@@ -1,0 +1,88 @@
+"""`flap run`: the four stages in one go. What is heavy is imported inside."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flapcli.cli import options as o
+from flapcli.cli.command import RUN, command, not_run, note_of, tell
+from flapcli.errors import UsageError
+from flapcli.views import terminal
+
+if TYPE_CHECKING:
+    from flapcli.checkpoints import Hub
+    from flapcli.cli.resolve import Stages
+    from flapcli.execution.settings import Execution
+
+
+@command("run")
+def run(
+    model: o.Model = "demo",
+    run_dir: o.Run = RUN,
+    preset: o.Preset = "paper",
+    *,
+    amount: o.AmountGroup,
+    units: o.UnitGroup,
+    compensation: o.CompensationGroup,
+    mask_only: o.MaskOnly = False,
+    store_dtype: o.StoreDtypeOfRun = None,
+    calibration: o.CalibrationGroup,
+    windows: o.WindowGroup,
+    evaluation: o.EvaluationGroup,
+    speed: o.Speed = False,
+    eval_dtype: o.EvalDtypeOfRun = "auto",
+    execution: o.ExecutionGroup,
+    stream: o.Stream = None,
+    hub: o.HubGroup,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
+    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+    from flapcli.execution.processes import refuse_several_processes
+    from flapcli.execution.settings import SpeedOptions
+    from flapcli.views.contents import data_of, inspect
+
+    refuse_several_processes()
+    how = execution_of(execution, stream)
+    stages = resolve(Asked(
+        model, preset, windows, calibration, units, amount, store_dtype if amount.target_size else None, None,
+        compensation, mask_only, store_dtype, evaluation, eval_dtype, speed=SpeedOptions() if speed else None,
+    ))  # fmt: skip
+    stages.check(how)
+    if stages.plan.target and mask_only:
+        raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
+    failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
+    if as_json:
+        terminal.data(data_of(inspect(run_dir)))
+    if failed:
+        raise failed
+
+
+def _go(
+    run_dir: Path, model: str, stages: "Stages", hub: "Hub", execution: "Execution", force: bool, draws: bool
+) -> Exception | None:
+    """Run the stages, each drawn as it ends; returns what was wrong with the last, where eval.json is there anyway."""
+    from flapcli.artifacts.run_dir import RunDir
+    from flapcli.calibration.stage import calibrate
+    from flapcli.evaluation.stage import evaluate
+    from flapcli.planning.stage import plan
+    from flapcli.pruning.stage import ApplyInputs, apply
+
+    def ended(path: Path, made: Any, cached: bool) -> None:
+        if draws:
+            tell(path, made, cached, as_json=False)
+        else:
+            note_of(path, cached)
+
+    run, bars = RunDir(run_dir), terminal.Bars()
+    ended(run.stats, *calibrate(model, run.stats, stages.calibrate, hub, execution, force, bars))
+    ended(run.plan, *plan(run.stats, run.plan, stages.plan, force, bars))
+    ended(run.pruned, *apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, bars))
+    try:
+        report, cached = evaluate(run.pruned, run.eval, stages.evaluate, None, hub, execution, force, bars)
+    except Exception as error:
+        if not run.eval.exists():
+            raise
+        return error
+    ended(run.eval, report, cached)
+    return not_run(report.all_failures, run.eval) if report.all_failures else None

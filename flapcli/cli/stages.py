@@ -1,0 +1,137 @@
+"""The four stages as commands: parse, call a stage, print. What is heavy is imported inside."""
+
+from typing import Annotated
+
+from flapcli.cli import options as o
+from flapcli.cli.command import RUN, command, not_run, tell
+from flapcli.errors import only_with
+from flapcli.views import terminal
+
+
+@command("calibrate")
+def calibrate(
+    model: o.Model = "demo",
+    run_dir: o.Run = RUN,
+    out: o.Out = None,
+    *,
+    calibration: o.CalibrationGroup,
+    windows: o.WindowGroup,
+    preset: o.Preset = "paper",
+    execution: o.ExecutionGroup,
+    stream: o.Stream = None,
+    scale: o.ScaleGroup,
+    hub: o.HubGroup,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Measure how much every channel fluctuates on a text -> DIR/stats.safetensors.
+
+    Killed, it goes on where it stopped when run again. Several processes share the windows:
+    torchrun --nproc-per-node 2 -m flapcli calibrate ...
+    """
+    from flapcli.calibration import stage
+    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+    from flapcli.execution.processes import is_writer
+
+    options = resolve(Asked(model, preset, windows=windows, calibration=calibration)).calibrate
+    path = out or run_dir / "stats.safetensors"
+    how = execution_of(execution, stream, scale=scale)
+    header, cached = stage.calibrate(model, path, options, hub_of(hub), how, force, terminal.Bars())
+    if is_writer():
+        tell(path, header, cached, as_json)
+
+
+@command("plan")
+def plan(
+    run_dir: o.Run = RUN,
+    stats: o.StatsFile = None,
+    out: o.Out = None,
+    preset: o.Preset = "paper",
+    *,
+    units: o.UnitGroup,
+    amount: o.AmountGroup,
+    dtype: o.TargetDtype = None,
+    target_biases: o.TargetBiases = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Choose which heads and neurons stay -> DIR/plan.yaml, to read and to edit."""
+    from flapcli.cli.resolve import Asked, resolve
+    from flapcli.planning import stage
+
+    asked = Asked(preset=preset, units=units, amount=amount, target_dtype=dtype, target_biases=target_biases)
+    path, statistics = out or run_dir / "plan.yaml", stats or run_dir / "stats.safetensors"
+    made, cached = stage.plan(statistics, path, resolve(asked).plan, force, terminal.Bars())
+    tell(path, made, cached, as_json)
+
+
+@command("apply")
+def apply(
+    run_dir: o.Run = RUN,
+    plan: o.PlanFile = None,
+    stats: o.StatsFile = None,
+    model: o.DenseModel = None,
+    out: o.Out = None,
+    preset: o.Preset = "paper",
+    *,
+    compensation: o.CompensationGroup,
+    mask_only: o.MaskOnly = False,
+    dtype: o.StoreDtype = None,
+    execution: o.ExecutionGroup,
+    hub: o.HubGroup,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Cut the checkpoint down to the plan, tensor by tensor -> DIR/pruned/.
+
+    --batch-size and --device are for --sequential, which runs in the type of the calibration.
+    """
+    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+    from flapcli.pruning import stage
+
+    asked = Asked(preset=preset, compensation=compensation, mask_only=mask_only, store_dtype=dtype)
+    path, inputs = out or run_dir / "pruned", stage.ApplyInputs(stats, model, hub_of(hub))
+    folder, cached = stage.apply(
+        plan or run_dir / "plan.yaml", path, resolve(asked).apply, inputs, execution_of(execution), force,
+        terminal.Bars(),
+    )  # fmt: skip
+    tell(path, folder, cached, as_json)
+
+
+@command("eval")
+def eval_(
+    checkpoint: Annotated[str, o.Checkpoint(help="What to measure.")] = "",
+    run_dir: o.Run = RUN,
+    model: o.DenseModel = None,
+    out: o.Out = None,
+    *,
+    evaluation: o.EvaluationGroup,
+    windows: o.WindowGroup,
+    num_fewshot: o.NumFewshot = None,
+    cache_requests: o.CacheRequests = False,
+    speed: o.Speed = False,
+    timing: o.SpeedGroup,
+    threads: o.Threads = None,
+    dtype: o.EvalDtype = "auto",
+    execution: o.ExecutionGroup,
+    stream: o.Stream = None,
+    hub: o.HubGroup,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Measure a checkpoint, and the dense model beside it -> DIR/eval.json."""
+    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve, speed_of
+    from flapcli.evaluation import stage
+
+    only_with("--tasks", evaluation.tasks is not None, {"--cache-requests": cache_requests})
+    asked = Asked(
+        windows=windows, evaluation=evaluation, eval_dtype=dtype, num_fewshot=num_fewshot,
+        speed=speed_of(speed, timing, threads),
+    )  # fmt: skip
+    path, name = out or run_dir / "eval.json", checkpoint or str(run_dir / "pruned")
+    how = execution_of(execution, stream, threads, cache_requests)
+    options = resolve(asked).evaluate
+    report, cached = stage.evaluate(name, path, options, model, hub_of(hub), how, force, terminal.Bars())
+    tell(path, report, cached, as_json)
+    if report.all_failures:
+        raise not_run(report.all_failures, path)

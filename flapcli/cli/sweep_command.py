@@ -1,0 +1,54 @@
+"""`flap sweep`. What is heavy is imported inside."""
+
+from flapcli.cli import options as o
+from flapcli.cli.command import RUN, command, not_run, tell
+from flapcli.views import terminal
+
+
+@command("sweep")
+def sweep(
+    model: o.Model = "demo",
+    run_dir: o.Run = RUN,
+    ratios: o.Ratios = "0.1,0.2,0.3,0.5",
+    keep: o.Keep = False,
+    preset: o.Preset = "paper",
+    *,
+    units: o.UnitGroup,
+    compensation: o.CompensationGroup,
+    store_dtype: o.StoreDtypeOfRun = None,
+    calibration: o.CalibrationGroup,
+    windows: o.WindowGroup,
+    evaluation: o.EvaluationGroup,
+    eval_dtype: o.EvalDtypeOfRun = "auto",
+    execution: o.ExecutionGroup,
+    stream: o.Stream = None,
+    hub: o.HubGroup,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Plan, apply and eval several ratios from one calibration -> DIR/sweep.json and DIR/sweep/.
+
+    Perplexity over size as a table and a plot, drawn to DIR/sweep/sweep.svg too. Interrupted, it goes on where it
+    stopped. Each ratio's plan and evaluation stay in DIR/sweep/RATIO/. Calibrate keeps what metric and compensation
+    need, untold.
+    """
+    from flapcli import sweep as stage
+    from flapcli.artifacts.run_dir import RunDir
+    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+    from flapcli.execution.processes import refuse_several_processes
+    from flapcli.views.plots import save_sweep_picture
+
+    refuse_several_processes()
+    wanted = o.ratios(ratios)
+    asked = Asked(
+        model, preset, windows, calibration, units, compensation=compensation, store_dtype=store_dtype,
+        evaluation=evaluation, eval_dtype=eval_dtype, lean=True,
+    )  # fmt: skip
+    stages = resolve(asked)
+    options = stage.SweepOptions(wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep)
+    run, how = RunDir(run_dir), execution_of(execution, stream)
+    made, failed = stage.sweep(run, model, options, hub_of(hub), how, force, terminal.Bars())
+    save_sweep_picture(made, run_dir / "sweep" / "sweep.svg")
+    tell(run.sweep, made, False, as_json)
+    if failed:
+        raise not_run(failed, run.sweep)

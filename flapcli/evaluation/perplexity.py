@@ -1,0 +1,146 @@
+"""Perplexity (METHOD.md, Perplexity): exp of the mean cross entropy over the predicted tokens of each window."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from flapcli.artifacts.eval_report import TextDetails
+from flapcli.checkpoints import Checkpoint
+from flapcli.errors import FlapError
+from flapcli.execution.batches import Batches
+from flapcli.execution.device import Runtime
+from flapcli.execution.layerwise import Forward, LayerwiseModel
+from flapcli.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def window_losses(
+    model: PreTrainedModel,
+    windows: NDArray[np.int64],
+    batch_size: int | None,
+    progress: Progress,
+    description: str = "perplexity",
+) -> NDArray[np.float64]:
+    """Mean cross entropy of each of (n, seqlen) windows, (n,), in nats per predicted token: seqlen - 1 a window.
+
+    Every window is read on its own. Cross entropy in float32, summed in float64. Raises FlapError where it is
+    not finite.
+    """
+    losses: list[torch.Tensor] = []
+
+    def step(part: slice) -> None:
+        ids = torch.from_numpy(windows[part]).to(model.device)
+        losses.extend(losses_of(model(input_ids=ids, use_cache=False).logits, ids))
+
+    batches = Batches(windows.shape[1], model.device, batch_size, progress)
+    with torch.inference_mode(), progress.task(description, windows.size, "tokens") as advance:
+        batches.run(len(windows), step, advance)
+    return mean_losses(losses, windows, description)
+
+
+def streamed_losses(
+    checkpoint: Checkpoint, windows: NDArray[np.int64], runtime: Runtime, progress: Progress, description: str
+) -> NDArray[np.float64]:
+    """What `window_losses` returns, with one layer's weights in memory at a time, then the head's.
+
+    Hidden states of all windows, (n, seqlen, hidden_size), stand in RAM. Raises FlapError as that does.
+    """
+    layerwise = LayerwiseModel(checkpoint, windows, runtime, progress)
+    device, num_layers = runtime.device, checkpoint.shape.num_layers
+    hidden = torch.empty(*windows.shape, checkpoint.shape.hidden_size, dtype=runtime.dtype)
+    losses: list[torch.Tensor] = []
+
+    def keep(part: slice, states: torch.Tensor) -> None:
+        hidden[part] = states.cpu()
+
+    def through(part: slice, forward: Forward) -> None:
+        keep(part, forward(hidden[part].to(device)))
+
+    def read(part: slice, logits: Forward) -> None:
+        losses.extend(losses_of(logits(hidden[part].to(device)), layerwise.tokens(part).to(device)))
+
+    total = windows.size * (num_layers + 2)
+    with torch.inference_mode(), progress.task(description, total, "tokens x layers") as advance:
+        layerwise.embed(keep, advance)
+        for layer in layerwise.layers(range(num_layers)):
+            layerwise.run(layer, through, advance)
+        layerwise.head(read, advance)
+    return mean_losses(losses, windows, description)
+
+
+def losses_of(logits: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Summed cross entropy of each window of a batch; `logits` (batch, seqlen, vocab_size), `ids` (batch, seqlen).
+
+    Window by window: a float32 copy of all logits would be the largest tensor of the run.
+    """
+    return [
+        cross_entropy(row[:-1].float(), tokens[1:], reduction="sum").double().cpu()
+        for row, tokens in zip(logits, ids, strict=True)
+    ]
+
+
+def mean_losses(sums: list[torch.Tensor], windows: NDArray[np.int64], description: str) -> NDArray[np.float64]:
+    """Mean loss of each window from its sum. Raises FlapError where one is not finite."""
+    means = torch.stack(sums).numpy() / (windows.shape[1] - 1)
+    if not np.isfinite(means).all():
+        raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
+    return means
+
+
+def exp_mean(losses: NDArray[np.float64], description: str = "perplexity") -> float:
+    """Perplexity of windows' mean losses. Raises FlapError where it is beyond a float."""
+    mean = float(losses.mean())
+    try:
+        return math.exp(mean)
+    except OverflowError as error:
+        raise FlapError(f"{description}: mean loss {mean:.1f} is beyond any perplexity; the model is broken") from error
+
+
+def perplexity(
+    model: PreTrainedModel,
+    windows: NDArray[np.int64],
+    batch_size: int | None,
+    progress: Progress,
+    description: str = "perplexity",
+) -> float:
+    """Perplexity of a causal model on (n, seqlen) windows. Raises FlapError where it is not finite."""
+    return exp_mean(window_losses(model, windows, batch_size, progress, description), description)
+
+
+def details(
+    losses: NDArray[np.float64], windows: NDArray[np.int64], tokenizer: "PreTrainedTokenizerBase"
+) -> TextDetails:
+    """Standard error and bits per byte beside the perplexity of `windows`, (n, seqlen), with mean `losses`, (n,).
+
+    METHOD.md, Perplexity says what they are; the standard error of one window is 0.
+    """
+    count, predicted = len(losses), windows.shape[1] - 1
+    error = losses.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
+    size = predicted_bytes(windows, tokenizer)
+    return TextDetails(
+        standard_error=exp_mean(losses) * float(error),
+        bits_per_byte=float(losses.sum()) * predicted / math.log(2) / size if size else 0.0,
+        windows=count,
+        tokens=windows.shape[0] * predicted,
+        bytes=size,
+    )
+
+
+def predicted_bytes(windows: NDArray[np.int64], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """UTF-8 bytes of the windows' text without each first token's, which nothing predicts.
+
+    A character that a window's edge cuts in two decodes to a replacement character of three bytes: at most
+    two bytes too many an edge.
+    """
+    first, whole = (
+        tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (windows[:, :1], windows)
+    )
+    return sum(len(text.encode()) for text in whole) - sum(len(text.encode()) for text in first)

@@ -1,0 +1,208 @@
+"""Stage 4, `flap eval`: figures of a checkpoint and of its dense model, or those that are there already.
+
+Imports torch only to compute.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flapcli.architecture.flap_section import MadeBy
+from flapcli.artifacts.eval_report import EVAL, EvalReport, Measurement, Speedup, save_report
+from flapcli.artifacts.model_card import renew_card
+from flapcli.artifacts.pruned_folder import PrunedFolder
+from flapcli.artifacts.versions import versions
+from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
+from flapcli.errors import FlapError, UsageError
+from flapcli.evaluation.task_names import check_names, task_files_sha256, task_manager
+from flapcli.execution.settings import EvalOptions, Execution, SpeedOptions
+from flapcli.progress import Progress, Silent
+from flapcli.texts.corpus import NAMED, check_source, default_text, source_sha256
+from flapcli.texts.mixture import SELF, Mixture
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from flapcli.execution.device import Runtime
+
+__all__ = ["EvalOptions", "SpeedOptions", "evaluate"]
+
+
+def evaluate(
+    checkpoint_name: str | Path,
+    out: Path,
+    options: EvalOptions = EvalOptions(),
+    model: str | None = None,
+    hub: Hub = Hub(),
+    execution: Execution = Execution(),
+    force: bool = False,
+    progress: Progress = Silent(),
+) -> tuple[EvalReport, bool]:
+    """Figures of a checkpoint, and of the dense one that it was pruned from (`model`, if it lies elsewhere by now).
+
+    And whether they were there; a report in which tasks failed is never up to date, so the next call tries them
+    again. Raises UsageError for options that don't go together, FlapError where model or text can't be had.
+    """
+    name = str(checkpoint_name)
+    check_options(options, execution)
+    found = EVAL.find(out)
+    manager = _checked_tasks(options, found)
+    checkpoint = open_measured(name, hub)
+    options = replace(options, perplexity=options.perplexity or (_default_perplexity(checkpoint, progress),))
+    dense = dense_of(checkpoint.made_by, model, hub) if options.baseline else None
+    models = {"pruned": checkpoint, "dense": dense} if dense else {"model": checkpoint}
+    settings = _settings(options, models, execution.device)
+    if found and not force and found.settings == settings and not found.all_failures:
+        return found, True
+    measured, speedup = _measure(models, options, execution, manager, force, progress)
+    report = EvalReport(
+        **measured[0].model_dump(), baseline=measured[1] if dense else None, speedup=speedup, settings=settings,
+        versions=versions(),
+    )  # fmt: skip
+    save_report(out, report)
+    if checkpoint.flap and Path(name).exists():  # and not a copy in the hub's cache
+        try:
+            renew_card(PrunedFolder(checkpoint.path, checkpoint.config, checkpoint.flap), report)
+        except FlapError as error:
+            progress.note(f"the model card keeps its old figures: {error}")
+    return report, False
+
+
+def check_options(options: EvalOptions, execution: Execution) -> None:
+    """Raise UsageError for what no model could be measured by, and for options that don't go together."""
+    options.check()
+    for text in options.perplexity:
+        check_source(text, "--perplexity")
+    if execution.stream and (options.tasks or options.speed):
+        raise UsageError("--stream: tasks and speed need the whole model in memory; leave out --stream")
+
+
+def _settings(options: EvalOptions, models: dict[str, Checkpoint], device: str) -> dict[str, Any]:
+    """All that decides the figures, as eval.json keeps it."""
+    fingerprints = [checkpoint.fingerprint for checkpoint in models.values()]
+    return json.loads(json.dumps(asdict(options))) | {
+        "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
+        "texts": {text: source_sha256(text) for text in options.perplexity},
+        "fingerprint": fingerprints[0],
+        "baseline": fingerprints[1] if len(models) > 1 else None,
+        "names": [[checkpoint.name, checkpoint.hub.revision] for checkpoint in models.values()],
+        "device": device,
+    }
+
+
+def _checked_tasks(options: EvalOptions, found: EvalReport | None) -> "TaskManager | None":
+    """lm-eval's index, once it knows every task's name; None where the report shows that it does."""
+    if not options.tasks or (found and found.settings.get("tasks") == list(options.tasks)):
+        return None
+    manager = task_manager(options.tasks, options.include_path)
+    check_names(options.tasks, manager)
+    return manager
+
+
+def _measure(
+    models: dict[str, Checkpoint],
+    options: EvalOptions,
+    execution: Execution,
+    manager: "TaskManager | None",
+    rewrite_cache: bool,
+    progress: Progress,
+) -> tuple[list[Measurement], list[Speedup]]:
+    """Each model's figures, in order, and the pruned one's gains in speed."""
+    from flapcli.evaluation.measure import measure_model
+    from flapcli.evaluation.speed import check_lengths
+    from flapcli.execution.device import Runtime
+
+    runtime = Runtime.of_eval(execution, options.dtype)
+    if options.speed:
+        check_lengths(models.values(), options.speed)
+    tasks = None
+    if options.tasks:
+        from flapcli.evaluation.tasks import Tasks
+
+        manager = manager or task_manager(options.tasks, options.include_path)
+        tasks = Tasks(options, manager, execution.cache_requests, rewrite_cache).load(progress)
+    measured = {
+        label: measure_model(checkpoint, label, options, tasks, execution.stream, runtime, progress)
+        for label, checkpoint in models.items()
+    }
+    speedup = _add_speed(measured, models, options.speed, runtime, progress) if options.speed else []
+    return list(measured.values()), speedup
+
+
+def _add_speed(
+    measured: dict[str, Measurement],
+    models: dict[str, Checkpoint],
+    options: SpeedOptions,
+    runtime: "Runtime",
+    progress: Progress,
+) -> list[Speedup]:
+    """Add speed and memory to every model's measurement; returns the pruned model's gains."""
+    from flapcli.evaluation.peak_memory import peak_memory
+    from flapcli.evaluation.speed import measure_speed
+
+    details, speedup = measure_speed(models, options, runtime, progress)
+    for label, measurement in measured.items():
+        first = details[label].cases[0]
+        measurement.speed_details = details[label]
+        measurement.speed = {
+            "prefill_tokens_per_second": first.prefill.median,
+            "decode_tokens_per_second": first.decode.median,
+            "peak_memory_bytes": peak_memory(models[label], options, runtime),
+        }
+    return speedup
+
+
+def _default_perplexity(checkpoint: Checkpoint, progress: Progress) -> str:
+    """The text that the checkpoint was calibrated on, its test part where it has one."""
+    made_by = checkpoint.made_by
+    default = default_text(made_by.model.name if made_by else checkpoint.name)
+    return calibration_text((made_by and made_by.dataset) or default, default, progress)
+
+
+def calibration_text(dataset: str, default: str, progress: Progress) -> str:
+    """Of the calibration's texts the first there is, to read perplexity on; warns where it is the very same text.
+
+    Never text that the model wrote itself: that is what it can predict best, and no measure.
+    """
+    sources = [s for s in Mixture.read(dataset).sources if s != SELF] or [default]
+    text = next((source for source in sources if source in NAMED or Path(source).is_file()), sources[0])
+    try:
+        check_source(text, "the calibration text")
+    except UsageError as error:
+        raise FlapError(f"{error}; give a text by --perplexity") from error
+    if Path(text).is_file():
+        progress.note(
+            f"reading perplexity on {text}, the very text of the calibration: it flatters the pruned model; "
+            "give another one by --perplexity"
+        )
+    return text
+
+
+def open_measured(name: str, hub: Hub) -> Checkpoint:
+    """The checkpoint to measure; --revision and --cache-dir are its own on the hub, a folder's dense model's."""
+    return open_checkpoint(name, Hub(trust_remote_code=hub.trust_remote_code) if Path(name).exists() else hub)
+
+
+def dense_of(made_by: MadeBy | None, model: str | None, hub: Hub) -> Checkpoint | None:
+    """The checkpoint that a pruned folder was made from; None for what was not pruned and where none is named.
+
+    Raises FlapError where it can't be opened, or is another by now.
+    """
+    source = made_by.model if made_by else None
+    name = model or (source.name if source else None)
+    if name is None:
+        return None
+    hub = replace(hub, revision=hub.revision or (source.revision if source else None))
+    try:
+        dense = open_checkpoint(name, hub)
+    except FlapError as error:
+        raise FlapError(
+            f"the dense model can't be opened ({error}): give --model, or leave it out by --no-baseline"
+        ) from error
+    if source and dense.fingerprint != source.fingerprint:
+        raise FlapError(
+            f"{dense.name} ({dense.fingerprint[:12]}) is not the model that was pruned "
+            f"({source.name}, {source.fingerprint[:12]}): give --model or --no-baseline"
+        )
+    return dense

@@ -1,0 +1,101 @@
+"""Hidden states of all windows between two layers, or their gradient: in memory or in files, saved layer by layer."""
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from flapcli.checkpoints.shards import raw_bytes
+from flapcli.storage.atomic import atomic_file
+from flapcli.storage.resume import Resume
+from flapcli.storage.safetensors_file import read_into
+
+
+class HiddenStates:
+    """(windows, tokens, hidden size) of one dtype, where layers read their input and write their output.
+
+    `in_memory`: one tensor, overwritten batch by batch. Else a file is read while the next one is written, each
+    mapped only slice by slice, so that neither counts as this process's memory. In both cases a file of a
+    layer's input that bears its final name, `name` and the layer's index, is whole.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool, resume: Resume, name: str = "hidden"
+    ) -> None:
+        self.shape, self.dtype, self.resume, self.name = shape, dtype, resume, name
+        self.window_bytes = shape[1] * shape[2] * dtype.itemsize
+        self._states = torch.empty(shape, dtype=dtype) if in_memory else None
+        self._source = Path()
+        self._target: BinaryIO | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.window_bytes
+
+    def saved(self) -> list[int]:
+        """Layers whose input is on disk from an earlier run."""
+        if not self.resume.found:
+            return []
+        files = self.resume.folder.glob(f"{self.name}-*.bin")
+        return sorted(int(path.stem.partition("-")[2]) for path in files if path.stat().st_size == self.nbytes)
+
+    def restore(self, layer: int) -> None:
+        """Go on with the saved input of a layer."""
+        self._source = self._path(layer)
+        if self._states is not None and self.nbytes:
+            read_into(self._source, 0, raw_bytes(self._states))
+
+    def read(self, windows: slice) -> torch.Tensor:
+        """A batch of the current layer's input."""
+        if self._states is not None:
+            return self._states[windows]
+        count = windows.stop - windows.start
+        start, size = windows.start * self.window_bytes, count * self.window_bytes
+        mapped = np.memmap(self._source, np.uint8, "c", start, (size,))
+        return torch.from_numpy(mapped).view(self.dtype).reshape(count, *self.shape[1:])
+
+    def write(self, windows: slice, states: torch.Tensor) -> None:
+        """Keep a batch of the output."""
+        if self._states is not None:
+            self._states[windows] = states.to("cpu", self.dtype)
+            return
+        target = self._target_file()
+        target.seek(windows.start * self.window_bytes)
+        target.write(raw_bytes(states.to(self.dtype)))
+
+    def _target_file(self) -> BinaryIO:
+        # Written and not mapped: on a full disk a write says so, a mapping kills the process.
+        if self._target is None:
+            self._target = (self.resume.ready() / f"{self.name}.part").open("wb")
+        return self._target
+
+    def save(self, layer: int) -> None:
+        """The output is whole: have it on disk as the input of `layer`."""
+        if self._states is None:
+            self.turn(layer)
+            return
+        self.resume.ready()
+        with atomic_file(self._path(layer)) as scratch, scratch.open("wb") as file:
+            file.write(raw_bytes(self._states))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def turn(self, layer: int) -> None:
+        """The output is whole: read it as the input of `layer`."""
+        if self._states is not None:
+            return
+        with self._target_file() as target:
+            target.flush()
+            os.fsync(target.fileno())
+        self._target = None
+        self._source = self._path(layer)
+        os.replace(self.resume.folder / f"{self.name}.part", self._source)
+
+    def forget(self, layer: int) -> None:
+        """The input of `layer` is needed no more."""
+        self._path(layer).unlink(missing_ok=True)
+
+    def _path(self, layer: int) -> Path:
+        return self.resume.folder / f"{self.name}-{layer}.bin"

@@ -1,0 +1,215 @@
+"""A model that runs layer by layer: of its decoder layers only the one at hand has weights.
+
+The one executor for models bigger than memory: streamed calibration, its backward pass, sequential fits and streamed
+perplexity all call `LayerwiseModel.run(layer, step)`. What lies between layers (hidden states, sums) is the caller's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flapcli.architecture.shape import MODULES, Module
+from flapcli.checkpoints import Checkpoint
+from flapcli.checkpoints.column_norms import ColumnNorms
+from flapcli.errors import FlapError
+from flapcli.execution.batches import Batches
+from flapcli.execution.device import Runtime
+from flapcli.execution.loading import empty_model
+from flapcli.execution.memory import give_back
+from flapcli.progress import Advance, Progress
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with besides its hidden states
+Norms = dict[Module, ColumnNorms | None]
+Weights = dict[str, torch.Tensor]
+Forward = Callable[[torch.Tensor], torch.Tensor]  # hidden states (batch, seqlen, hidden) through something
+Step = Callable[[slice, Forward], None]  # a batch of windows, and what its hidden states go through
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer with its weights on the device, and norms of its output projections as stored, if asked for."""
+
+    index: int
+    module: torch.nn.Module
+    norms: Norms
+
+
+class LayerwiseModel:
+    """`windows` (n, seqlen) through the embeddings, any layers in any order, and the head.
+
+    Embeddings, masks and positions are the model's own code's. `backward`: batches are as small as passes with a
+    gradient need. Raises FlapError where the model can't be built.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: NDArray[np.int64],
+        runtime: Runtime,
+        progress: Progress,
+        backward: bool = False,
+    ) -> None:
+        self.checkpoint, self.windows, self.device = checkpoint, windows, runtime.device
+        self.model = empty_model(checkpoint, runtime.dtype, runtime.device)
+        self._ends = _Ends(checkpoint, self.model, runtime.device)
+        self._batches = Batches(windows.shape[1], runtime.device, runtime.batch_size, progress, backward)
+
+    def tokens(self, part: slice) -> torch.Tensor:
+        """Token ids of a batch, (batch, seqlen) int64."""
+        return torch.from_numpy(self.windows[part])
+
+    def embed(self, take: Callable[[slice, torch.Tensor], None], advance: Advance | None = None) -> None:
+        """Give `take` the first layer's input, batch by batch; then the embeddings' memory is given back."""
+        self._batches.run(len(self.windows), lambda part: take(part, self._ends.embed(self.tokens(part))), advance)
+        self._ends.unload()
+
+    def layers(self, order: Sequence[int], norms: bool = False) -> Iterator[Layer]:
+        """Layers in this order, each with weights until the next is asked for, which a thread reads ahead."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[tuple[Weights, Norms]] | None = None
+            for place, index in enumerate(order):
+                ahead = ahead or reader.submit(self._read, index, norms)
+                weights, of_outputs = ahead.result()
+                ahead = reader.submit(self._read, order[place + 1], norms) if place + 1 < len(order) else None
+                module = self._assign(index, weights)
+                weights.clear()
+                yield Layer(index, module, of_outputs)
+                module.to(META)
+                give_back()
+
+    def run(self, layer: Layer, step: Step, advance: Advance | None = None) -> None:
+        """Call `step` for all windows, batch by batch; it must take effect only when it returns (`Batches.run`)."""
+
+        def on_batch(part: slice) -> None:
+            args, kwargs = self._ends.arguments(layer.index, self.tokens(part))
+
+            def forward(states: torch.Tensor) -> torch.Tensor:
+                output = layer.module(states, *args, **kwargs)
+                return output[0] if isinstance(output, tuple) else output  # some families return a tuple
+
+            step(part, forward)
+
+        self._batches.run(len(self.windows), on_batch, advance)
+
+    def head(self, step: Step, advance: Advance | None = None) -> None:
+        """Call `step` for all windows with what makes logits of the last layer's output: final norm and head."""
+        self._batches.run(len(self.windows), lambda part: step(part, self._ends.logits), advance)
+        self._ends.unload()
+
+    def _read(self, index: int, with_norms: bool) -> tuple[Weights, Norms]:
+        """A layer's weights by name within it, in the dtype the model runs in; norms are of what is stored."""
+        family = self.checkpoint.family
+        prefix = f"{family.layer.format(i=index)}."
+        dtypes = {name: p.dtype for name, p in self.model.get_submodule(prefix[:-1]).named_parameters()}
+        norms: Norms = dict.fromkeys(MODULES)
+        outputs = {f"{family.module(module).output}.weight": module for module in MODULES}
+        weights = {}
+        for name in self.checkpoint.tensors:
+            if name.startswith(prefix):
+                local = name.removeprefix(prefix)
+                tensor = self.checkpoint.read(name)
+                if with_norms and local in outputs:
+                    norms[outputs[local]] = ColumnNorms.of(tensor)
+                weights[local] = tensor.to(dtypes.get(local, tensor.dtype))
+        give_back()
+        return weights, norms
+
+    def _assign(self, index: int, weights: Weights) -> torch.nn.Module:
+        layer = self.model.get_submodule(self.checkpoint.family.layer.format(i=index))
+        try:
+            layer.load_state_dict({n: t.to(self.device) for n, t in weights.items()}, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise FlapError(f"{self.checkpoint.name}: layer {index} can't be built: {reason}") from error
+        return layer
+
+
+class _LastLayerReachedError(Exception):
+    """The last layer was called: the rest of the decoder is of no interest."""
+
+
+class _Ends:
+    """What comes before the first layer and after the last; learns what the decoder's code calls each layer with."""
+
+    def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.decoder = model.get_submodule(checkpoint.family.decoder)
+        self.model, self.count = model, checkpoint.shape.num_layers
+        inside, layers = f"{checkpoint.family.decoder}.", checkpoint.family.layer.split("{i}")[0]
+        self._names = [n for n in checkpoint.tensors if n.startswith(inside) and not n.startswith(layers)]
+        self._arguments: dict[int, list[Arguments]] = {}
+        self._loaded = False
+        self._head: torch.Tensor | None = None
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input of the first layer, (batch, seqlen, hidden), for token ids (batch, seqlen)."""
+        self._load()
+        seen: list[tuple[torch.Tensor, Arguments]] = []
+        with self._listening(seen), suppress(_LastLayerReachedError):
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+        self._arguments[len(ids)] = [arguments for _, arguments in seen]
+        return seen[0][0]
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What comes after the last layer: final norm and head, (batch, seqlen, vocab_size)."""
+        self._load()
+        family = self.checkpoint.family
+        if self._head is None:
+            name = f"{family.head}.weight"
+            embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
+            own = name in self.checkpoint.tensors
+            self._head = self.checkpoint.read(name).to(self.device, embedding.dtype) if own else embedding
+        return torch.nn.functional.linear(self.model.get_submodule(family.final_norm)(states), self._head)
+
+    def arguments(self, layer: int, ids: torch.Tensor) -> Arguments:
+        """What `layer` is called with for a batch of this size; it depends on sizes alone, so it is made once."""
+        if len(ids) not in self._arguments:
+            self.embed(ids)
+            self.unload()
+        return self._arguments[len(ids)][layer]
+
+    @contextmanager
+    def _listening(self, seen: list[tuple[torch.Tensor, Arguments]]) -> Iterator[None]:
+        """Layers that note their arguments and pass hidden states on as they are."""
+        layers = [self.model.get_submodule(self.checkpoint.family.layer.format(i=i)) for i in range(self.count)]
+
+        def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+            states = args[0] if args else kwargs.pop("hidden_states")
+            seen.append((states, (args[1:], kwargs)))
+            if len(seen) == self.count:
+                raise _LastLayerReachedError
+            return states
+
+        for layer in layers:
+            layer.forward = note
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def _load(self) -> None:
+        if not self._loaded:
+            self._set_each(lambda name, empty: self.checkpoint.read(name).to(self.device, empty.dtype))
+            self._loaded = True
+
+    def unload(self) -> None:
+        """Give the embeddings' and the head's memory back."""
+        if self._loaded:
+            self._set_each(lambda _, loaded: loaded.to(META))
+        self._loaded, self._head = False, None
+        give_back()
+
+    def _set_each(self, value: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """Put in every weight's place what `value` makes of its name and of what is there."""
+        for name in self._names:
+            parent, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            setattr(owner, leaf, torch.nn.Parameter(value(name, getattr(owner, leaf)), requires_grad=False))

@@ -1,0 +1,89 @@
+"""Checkpoints as transformers models in memory."""
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from flapcli.architecture import modeling_flap
+from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.errors import FlapError, first_line
+
+
+def quiet_transformers() -> None:
+    """One progress bar and one voice are enough: ours."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, device_map: str | None = None
+) -> PreTrainedModel:
+    """The model in evaluation mode, on one device or spread by accelerate as `device_map` says.
+
+    Raises FlapError where transformers can't load it.
+    """
+    quiet_transformers()
+    checkpoint.shape  # noqa: B018  refuses a corrupt checkpoint in our words, before transformers does
+    try:
+        if checkpoint.path.is_file():
+            model = _from_tensors(checkpoint, dtype)
+        else:
+            model = _class_of(checkpoint).from_pretrained(
+                checkpoint.path, dtype=dtype, trust_remote_code=checkpoint.hub.trust_remote_code, device_map=device_map
+            )
+            if device_map:
+                return model.eval()
+        return (_spread(model, device_map) if device_map else model.to(device)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise FlapError(f"{checkpoint.name}: transformers can't load it: {first_line(error)}") from error
+
+
+def _spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
+    """A model in memory over all devices, as from_pretrained spreads one from a folder."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = model._no_split_modules
+    memory = get_balanced_memory(model, no_split_module_classes=whole) if device_map == "auto" else None
+    return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=whole))
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with all weights on the meta device: no memory, only what it computes from its configuration.
+
+    Buffers (rotary frequencies) are real, on `device`. Raises FlapError where transformers can't build it.
+    """
+    from accelerate import init_empty_weights
+
+    quiet_transformers()
+    config = checkpoint.load_config()
+    config.architectures = [checkpoint.family.architecture]
+    kind = _class_of(checkpoint)
+    try:
+        with init_empty_weights(include_buffers=False):
+            if kind is AutoModelForCausalLM:
+                model = kind.from_config(config, dtype=dtype, trust_remote_code=checkpoint.hub.trust_remote_code)
+            else:
+                model = kind._from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise FlapError(f"{checkpoint.name}: transformers can't build it: {first_line(error)}") from error
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return model.requires_grad_(False).eval()
+
+
+def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """A folder pruned by flap is read by our own code, never by the code that lies in it."""
+    if checkpoint.flap and checkpoint.flap.modules:
+        return getattr(modeling_flap, f"Flap{checkpoint.family.architecture}")
+    return AutoModelForCausalLM
+
+
+def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Build from tensors read one by one, for sources that from_pretrained reads slowly (GGUF)."""
+    tensors = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
+    config = checkpoint.load_config()
+    config.architectures = [checkpoint.family.architecture]
+    architecture = AutoModelForCausalLM._model_mapping[type(config)]
+    return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)

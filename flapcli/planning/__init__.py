@@ -1,0 +1,1 @@
+"""Stage 2: which heads and neurons stay. Needs statistics alone: no weights, no torch."""

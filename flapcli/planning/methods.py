@@ -1,0 +1,90 @@
+"""Stage 2: from statistics to a plan. Needs no weights, no model, no torch."""
+
+from dataclasses import asdict, replace
+from math import isfinite
+
+from flapcli.artifacts.plan import Plan, StatsRef, build_plan
+from flapcli.artifacts.stats import Stats
+from flapcli.artifacts.target import Target
+from flapcli.errors import UsageError
+from flapcli.execution.settings import PlanOptions
+from flapcli.planning.allocation import Kept, Request, allocate
+from flapcli.planning.depth import check_depth, drop_layers
+from flapcli.planning.scores import UNIT_METRICS, unit_scores
+from flapcli.planning.target_search import find_ratio
+
+# Baselines fix metric and structure (METHOD.md, Baselines); a metric of None leaves the choice to the user.
+METHODS: dict[str, tuple[str | None, str | None]] = {
+    "flap": (None, None),
+    "wanda-sp": ("WIFN", "UL-UM"),
+    "mag-sp": ("magnitude", "UL-UM"),
+    "depth": ("block-influence", "layers"),
+}
+DEFAULT_METRIC, DEFAULT_STRUCTURE = "WIFV", "AL-AM"
+
+
+def checked(options: PlanOptions) -> tuple[str, Request]:
+    """The metric, and what to remove in which structure, once all options go together.
+
+    Raises UsageError where options contradict each other or the method, or are out of range, whatever the model.
+    """
+    own_metric, own_structure = METHODS[options.method]
+    for name, own in (("metric", own_metric), ("structure", own_structure)):
+        if own is not None and (given := getattr(options, name)) not in (None, own):
+            raise UsageError(f"--{name} {given}: --method {options.method} is defined with {own}; leave --{name} out")
+    metric = own_metric or options.metric or DEFAULT_METRIC
+    structure = own_structure or options.structure or DEFAULT_STRUCTURE
+    ratio, remove_heads, exponent = options.ratio, options.remove_heads, options.attention_exponent
+    request = Request(structure, ratio, remove_heads, options.round_to, options.heads_multiple_of, options.allow_empty)
+    if options.method == "depth":
+        check_depth(request, exponent)
+    if exponent is not None and not isfinite(exponent):
+        raise UsageError(f"--attention-exponent {exponent}: must be a number")
+    if metric in UNIT_METRICS and exponent is not None:
+        raise UsageError(
+            f"--attention-exponent: --metric {metric} scores heads and neurons on one scale, to which no exponent "
+            "applies; leave --attention-exponent out"
+        )
+    if not 0 <= ratio < 1:
+        raise UsageError(f"--ratio {ratio}: must be at least 0 and less than 1")
+    if remove_heads is not None and not structure.endswith("-MM"):
+        raise UsageError(f"--remove-heads is for structures UL-MM and AL-MM, not {structure}")
+    if remove_heads is None and structure.endswith("-MM"):
+        raise UsageError(f"--structure {structure} needs --remove-heads N (heads, or KV groups under GQA)")
+    return metric, request
+
+
+def needed(metric: str | None, compensate: str | None, gram: bool, fisher: bool) -> tuple[bool, bool]:
+    """--gram and --fisher of calibrate: as asked for, and where the metric or the compensation reads them."""
+    return gram or compensate == "lstsq" or metric == "FISHER-OBS", fisher or metric in UNIT_METRICS
+
+
+def choose(
+    stats: Stats,
+    reference: StatsRef,
+    method: str,
+    metric: str,
+    request: Request,
+    attention_exponent: float,
+    target: Target | None = None,
+) -> Plan:
+    """The units that stay under a method, as a plan; a `target` decides the ratio in the request's place.
+
+    Raises UsageError where the request can't be reached, FlapError where the statistics lack what the method needs.
+    """
+    scores, settings = None, {}
+    if method != "depth":
+        scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
+        settings = asdict(request) | {"attention_exponent": None if metric in UNIT_METRICS else attention_exponent}
+        del settings["structure"], settings["ratio"]
+
+    def kept_at(ratio: float) -> Kept:
+        if scores is None:
+            return drop_layers(stats, ratio)
+        return allocate(stats.model, scores, replace(request, ratio=ratio))
+
+    ratio = find_ratio(target, stats.model, kept_at) if target else request.ratio
+    return build_plan(
+        stats.model, reference, kept_at(ratio), ratio, method=method, metric=metric, structure=request.structure,
+        settings=settings | (target.settings if target else {}),
+    )  # fmt: skip

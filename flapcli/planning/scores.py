@@ -1,0 +1,91 @@
+"""Importance of channels and units; arrays are float64.
+
+Metrics of channels make unit scores by the structures' rules; metrics of units are unit scores by themselves.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapcli.architecture.shape import ModelShape, Module
+from flapcli.artifacts.stats import ModuleStats, Stats
+from flapcli.errors import FlapError
+
+ELIMINATION_WEIGHT = 2.0  # of a head's elimination beside a neuron's Fisher information (METHOD.md, Elimination)
+
+Scores = NDArray[np.float64]
+UnitScores = dict[tuple[int, Module], Scores]
+
+# S_j of a projection's channels (METHOD.md, Metrics; magnitude: METHOD.md, Baselines), (channels,).
+METRICS: dict[str, Callable[[ModuleStats], Scores]] = {
+    "IFV": lambda stats: stats.variance.astype(np.float64),
+    "WIFV": lambda stats: stats.variance.astype(np.float64) * stats.weight_square_sum,
+    "WIFN": lambda stats: stats.weight_abs_mean.astype(np.float64) * np.sqrt(stats.square_mean.astype(np.float64)),
+    "magnitude": lambda stats: np.sqrt(stats.weight_square_sum.astype(np.float64)),
+}
+
+
+def fisher(stats: Stats) -> UnitScores:
+    """S_u = F_u / parameters_u (METHOD.md, Fisher information).
+
+    Raises FlapError where calibration did not keep Fisher information.
+    """
+    if stats.fisher is None:
+        raise FlapError(
+            f"{stats.path} has no Fisher information, which --metric FISHER needs: run `flap calibrate --fisher`"
+        )
+    return _per_parameter(stats, stats.fisher)
+
+
+def fisher_obs(stats: Stats) -> UnitScores:
+    """S_u = 2 E_u / parameters_u in attention, F_u / parameters_u in the MLP (METHOD.md, Elimination).
+
+    Raises FlapError where calibration did not keep both Gram matrices and Fisher information.
+    """
+    if stats.fisher is None or stats.elimination is None:
+        raise FlapError(
+            f"{stats.path} has no elimination, which --metric FISHER-OBS needs: run `flap calibrate --gram --fisher`"
+        )
+    heads = {key: ELIMINATION_WEIGHT * values for key, values in stats.elimination.items()}
+    return _per_parameter(stats, stats.fisher | heads)
+
+
+def _per_parameter(stats: Stats, losses: Mapping[tuple[int, Module], NDArray[np.floating]]) -> UnitScores:
+    return {
+        (layer, module): values.astype(np.float64) / stats.model.unit_parameters(module)
+        for (layer, module), values in losses.items()
+    }
+
+
+UNIT_METRICS: dict[str, Callable[[Stats], UnitScores]] = {"FISHER": fisher, "FISHER-OBS": fisher_obs}
+
+
+def standardise(scores: Scores) -> Scores:
+    """z = (S - mean) / std over one layer's channels, std unbiased as in the authors' code; 0 where std is 0."""
+    if len(scores) < 2 or (std := scores.std(ddof=1)) == 0:
+        return np.zeros_like(scores)
+    return (scores - scores.mean()) / std
+
+
+def unit_scores(stats: Stats, metric: str, exponent: float, adaptive: bool) -> UnitScores:
+    """One score per unit of every module.
+
+    A metric of channels is summed over a unit's channels, or where `adaptive` standardised and averaged, attention's
+    raised to `exponent` first (METHOD.md, Structures). A metric of units is taken as it is.
+    """
+    if metric in UNIT_METRICS:
+        return UNIT_METRICS[metric](stats)
+    return {
+        (layer, module): _module_scores(stats.model, module, METRICS[metric](values), exponent, adaptive)
+        for (layer, module), values in stats.modules.items()
+    }
+
+
+def _module_scores(shape: ModelShape, module: Module, scores: Scores, exponent: float, adaptive: bool) -> Scores:
+    if module == "attention":
+        scores = scores**exponent
+    if adaptive:
+        scores = standardise(scores)
+    per_unit = scores.reshape(-1, shape.channels_per_unit(module))
+    return per_unit.mean(axis=1) if adaptive else per_unit.sum(axis=1)

@@ -1,0 +1,47 @@
+"""Stage 2, `flap plan`: which units stay, or the plan that is there already, edits included. Needs no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from flapcli.artifacts.plan import Plan, StatsRef, found_plan, save_plan
+from flapcli.artifacts.stats import load_stats
+from flapcli.execution.settings import PlanOptions
+from flapcli.planning.methods import checked, choose
+from flapcli.progress import Progress, Silent
+from flapcli.storage.hashing import sha256
+
+__all__ = ["PlanOptions", "plan"]
+
+
+def plan(
+    stats_path: Path,
+    out: Path,
+    options: PlanOptions = PlanOptions(),
+    force: bool = False,
+    progress: Progress = Silent(),
+) -> tuple[Plan, bool]:
+    """The plan of the statistics at `stats_path` in `out`; and whether it was there.
+
+    Raises UsageError for options that don't go together or a ratio out of reach, FlapError for broken inputs.
+    """
+    metric, request = checked(options)
+    exponent = options.attention_exponent or (2.0 if options.method == "flap" else 1.0)
+    stats = load_stats(stats_path)
+    path, folder = stats_path.resolve(), out.parent.resolve()
+    stored = path.relative_to(folder) if path.is_relative_to(folder) else path
+    reference = StatsRef(path=str(stored), sha256=sha256(stats_path))
+    with progress.task("plan", 1, "plans") as advance:  # a target takes a search of some seconds
+        made = choose(stats, reference, options.method, metric, request, exponent, options.target)
+        advance(1)
+    found = found_plan(out, force)
+    if found and not force and _asked_of(found) == _asked_of(made):
+        return found, True
+    save_plan(out, made)
+    return made, False
+
+
+def _asked_of(plan: Plan) -> dict[str, Any]:
+    """What a plan was asked to be, without what it keeps: that may have been edited."""
+    asked = plan.model_dump(exclude={"layers", "parameters", "ratio"})
+    asked["stats"].pop("path")
+    return asked | {"requested": plan.ratio.requested}

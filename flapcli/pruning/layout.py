@@ -1,0 +1,219 @@
+"""What a pruned checkpoint will be, decided from headers alone: nothing is read, and nothing is renamed afterwards.
+
+Which layers are written and under which index, every module's sizes, which biases there are, stock or not, the dtype,
+and for every tensor its final name, shape and dtype and how it is made. `slicing` then makes them in one pass.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from flapcli.architecture.shape import MODULES, LayerShape, Module
+from flapcli.artifacts.plan import Plan, pruned_layers
+from flapcli.checkpoints import Checkpoint
+from flapcli.errors import FlapError
+from flapcli.execution.settings import ApplyOptions
+from flapcli.pruning.cut import ModuleCut, cut_of, rows_of
+from flapcli.pruning.kept_layers import KeptLayers, kept_layers_of
+from flapcli.pruning.stock_form import StockForm, stock_form_of
+from flapcli.storage.dtypes import CODES, SLICED
+from flapcli.storage.safetensors_file import TensorSpec
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor as it is in the source, but for its name and dtype."""
+
+    spec: TensorSpec
+    source: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a source tensor: of a projection that produces the channels, or of its bias."""
+
+    spec: TensorSpec
+    source: str
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """The columns of an output projection that are kept, and its bias: made together, since a fit decides both.
+
+    None where the pruned checkpoint has no such tensor.
+    """
+
+    weight: TensorSpec | None
+    bias: TensorSpec | None
+    cut: ModuleCut
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A bias that only a stock configuration asks for."""
+
+    spec: TensorSpec
+
+
+Step = Copy | Rows | Output | Zeros
+
+
+def specs_of(step: Step) -> list[TensorSpec]:
+    """The tensors that a step makes, in the order they are written."""
+    if isinstance(step, Output):
+        return [spec for spec in (step.weight, step.bias) if spec]
+    return [step.spec]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The decisions. `sizes` are those of the written layers; `dtype` the code of what matrices are written in.
+
+    `masked`: zeros in place and shapes unchanged, so that steps keep the source's shapes. `stock` None: the folder
+    needs modeling_flap.py, for the reason `why`.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    masked: bool
+    adds_bias: bool
+    layers: KeptLayers
+    sizes: tuple[LayerShape, ...]
+    dtype: str
+    stock: StockForm | None
+    why: str
+    steps: tuple[Step, ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor of the pruned checkpoint, in the order they are written."""
+        return [spec for step in self.steps for spec in specs_of(step)]
+
+    def output_dtype(self, layer: int, module: Module) -> str:
+        """The code of what a module's output projection is written in; the layout's where nothing of it is written."""
+        for step in self.steps:
+            if isinstance(step, Output) and (step.cut.layer, step.cut.module) == (layer, module):
+                return specs_of(step)[0].dtype
+        return self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+def layout_of(checkpoint: Checkpoint, plan: Plan, options: ApplyOptions, adds_bias: bool) -> Layout:
+    """Decide everything about the pruned checkpoint. The plan belongs to the checkpoint (`check_belongs`).
+
+    `options.dtype` None keeps every tensor's own. Raises FlapError for weights that can't be sliced.
+    """
+    _refuse_dtypes(checkpoint)
+    masked = options.mask_only
+    layers = kept_layers_of(checkpoint, plan, adds_bias, masked)
+    every = checkpoint.shape.layers if masked else pruned_layers(plan, checkpoint.shape)
+    sizes = tuple(every[i] for i in layers.source_indices)
+    asked = CODES[options.dtype] if options.dtype else None
+    dtype = asked or _stored_dtype(checkpoint)
+    stock, why = None, ""
+    if options.remote_code == "auto":
+        stock, why = stock_form_of(checkpoint, sizes, layers, adds_bias)
+    steps = _Steps(checkpoint, plan, masked, adds_bias, layers, asked, dtype).in_order()
+    zeros = (Zeros(TensorSpec(name, shape, dtype)) for name, shape in (stock.zero_biases if stock else {}).items())
+    return Layout(checkpoint, plan, masked, adds_bias, layers, sizes, dtype, stock, why, (*steps, *zeros))
+
+
+def _refuse_dtypes(checkpoint: Checkpoint) -> None:
+    for spec in checkpoint.tensors.values():
+        if spec.dtype not in SLICED:
+            raise FlapError(f"{checkpoint.name}: tensor {spec.name} is {spec.dtype}; flap slices {', '.join(SLICED)}")
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The embedding's, which every checkpoint has and pruning leaves whole; else that of the first matrix."""
+    embedding = checkpoint.tensors.get(f"{checkpoint.family.outside_layers[0]}.weight")
+    return (embedding or next(s for s in checkpoint.tensors.values() if len(s.shape) == 2)).dtype
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Makes the list of steps; `asked` is the code of --dtype, None where every tensor keeps its own."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    masked: bool
+    adds_bias: bool
+    layers: KeptLayers
+    asked: str | None
+    dtype: str
+
+    def in_order(self) -> Iterator[Step]:
+        """Steps in the order of the source's tensors; biases of modules that have no tensor there come last."""
+        special: dict[str, Step] = {}
+        skipped: set[str] = set()
+        for layer in self.layers.source_indices:
+            for module in MODULES:
+                cut = cut_of(self.checkpoint, self.plan, layer, module)
+                special |= self._producers(cut) | self._output(cut)
+                skipped |= self._replaced(cut)
+        for name, spec in self.checkpoint.tensors.items():
+            if name in special:
+                yield special.pop(name)
+            elif name not in skipped and self._final_name(name) is not None:
+                yield Copy(self._written(name, spec.shape, spec.dtype), name)
+        yield from special.values()
+
+    def _producers(self, cut: ModuleCut) -> dict[str, Step]:
+        """Rows of the projections that produce the channels, and their biases' entries."""
+        shape, family = self.checkpoint.shape, self.checkpoint.family
+        if len(cut.kept) == 0 and not self.masked:
+            return {}
+        found: dict[str, Step] = {}
+        for producer, size in family.module(cut.module).producers.items():
+            per_unit = shape.head_dim if size == "num_key_value_heads" else shape.channels_per_unit(cut.module)
+            rows = rows_of(cut.kept_units, per_unit)
+            for suffix in ("weight", "bias"):
+                name = f"{family.layer.format(i=cut.layer)}.{producer}.{suffix}"
+                if spec := self.checkpoint.tensors.get(name):
+                    size_after = spec.shape if self.masked else (len(rows), *spec.shape[1:])
+                    found[name] = Rows(self._written(name, size_after, spec.dtype), name, rows)
+        return found
+
+    def _output(self, cut: ModuleCut) -> dict[str, Step]:
+        """The output projection and its bias, under the name of the first of them that is written."""
+        prefix = self.checkpoint.family.output(cut.layer, cut.module)
+        weight_name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
+        source, hidden_size = self.checkpoint.tensors.get(weight_name), self.checkpoint.shape.hidden_size
+        weight = bias = None
+        if source is not None and (len(cut.kept) or self.masked):
+            columns = source.shape[1] if self.masked else len(cut.kept)
+            weight = self._written(weight_name, (hidden_size, columns), source.dtype)
+        if self.adds_bias or bias_name in self.checkpoint.tensors:
+            bias = self._written(bias_name, (hidden_size,), source.dtype if source else self.dtype)
+        if weight is None and bias is None:
+            return {}
+        return {weight_name if weight else bias_name: Output(weight, bias, cut)}
+
+    def _replaced(self, cut: ModuleCut) -> set[str]:
+        """Tensors of a module that have steps of their own, or go with it as an emptied attention's norms do."""
+        family = self.checkpoint.family
+        prefix, description = family.layer.format(i=cut.layer), family.module(cut.module)
+        parts = [description.output, *description.producers]
+        found = {f"{prefix}.{part}.{suffix}" for part in parts for suffix in ("weight", "bias")}
+        if not self.masked and len(cut.kept) == 0:
+            inside = f"{prefix}.{description.output.rpartition('.')[0]}."
+            found |= {name for name in self.checkpoint.tensors if name.startswith(inside)}
+        return found
+
+    def _final_name(self, name: str) -> str | None:
+        """A source tensor's name in the pruned checkpoint; None where its layer is dropped."""
+        before, after = self.checkpoint.family.layer.split("{i}")
+        index, dot, local = name.removeprefix(before).partition(f"{after}.")
+        if not (name.startswith(before) and dot and index.isdigit()):
+            return name
+        place = self.layers.written_index.get(int(index))
+        return None if place is None else f"{before}{place}{after}.{local}"
+
+    def _written(self, name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
+        """A tensor of a layer that is written, under its name in the source, as the pruned checkpoint has it."""
+        return TensorSpec(str(self._final_name(name)), shape, self.asked or dtype)

@@ -1,0 +1,249 @@
+"""Least squares that repairs what came before: every output projection fitted on the pruned model's activations.
+
+One decoder layer at a time, attention before MLP, over all calibration windows (METHOD.md, Sequential fit).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from flapcli.architecture.family import Family
+from flapcli.architecture.shape import MODULES, Module
+from flapcli.artifacts.stats import Stats
+from flapcli.checkpoints import Checkpoint
+from flapcli.errors import FlapError
+from flapcli.execution.device import Runtime
+from flapcli.execution.hidden_states import HiddenStates
+from flapcli.execution.layerwise import Forward, Layer, LayerwiseModel
+from flapcli.execution.settings import Execution
+from flapcli.progress import Advance, Progress
+from flapcli.pruning.compensation import ClosedForm
+from flapcli.pruning.cut import cut_of
+from flapcli.pruning.layout import Layout, Output
+from flapcli.pruning.sequential_fit import ProjectionFit, StoredFits
+from flapcli.storage.atomic import require_space
+from flapcli.storage.dtypes import torch_dtype
+from flapcli.storage.resume import Resume
+from flapcli.texts.windows import windows_of_stats
+
+ACTIVATION_MEMORY = 8 * 10**9  # both streams stay in memory up to this many bytes, else in files
+PASSES = 3  # of all windows through a layer
+
+
+class SequentialFit:
+    """A fit before anything is written, on the text of the statistics, in the type that they were measured in.
+
+    `runtime.dtype` is also that of the streams between layers. Raises as `Runtime.of` and `windows_of_stats`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, stats: Stats, stats_path: Path, execution: Execution, ridge: float
+    ) -> None:
+        self.checkpoint, self.ridge = checkpoint, ridge
+        self.runtime = Runtime.of(execution, stats.header.calibration.dtype)
+        self.windows = windows_of_stats(stats.header, stats_path, checkpoint)  # (nsamples, seqlen)
+
+    @contextmanager
+    def stored(self, folder: Path, layout: Layout, closed_form: ClosedForm, progress: Progress) -> Iterator[StoredFits]:
+        """The fits of every output projection that is written, in files below `folder` that are gone afterwards.
+
+        Never more than one layer in memory, besides its sums. Raises FlapError as calibration does, and where the
+        disk has no room for the fits and the pruned checkpoint, which is written after them.
+        """
+        with TemporaryDirectory(dir=folder) as scratch:
+            fits = StoredFits(Path(scratch))
+            self._run(Path(scratch), layout, closed_form, fits, progress)
+            yield fits
+
+    def _run(self, folder: Path, layout: Layout, closed_form: ClosedForm, fits: StoredFits, progress: Progress) -> None:
+        windows, dtype = self.windows, self.runtime.dtype
+        layerwise = LayerwiseModel(self.checkpoint, windows, self.runtime, progress)
+        hidden_size = self.checkpoint.shape.hidden_size
+        stream_bytes = windows.size * hidden_size * dtype.itemsize
+        in_memory = 2 * stream_bytes <= ACTIVATION_MEMORY
+        # Three of a stream: one is read, while of the other what is read and what is written are there.
+        require_space(folder, layout.nbytes + _fits_bytes(layout) + (0 if in_memory else 3 * stream_bytes))
+        with ExitStack() as stack:
+            files = [stack.enter_context(Resume(folder / "streams" / name, name)) for name in ("dense", "pruned")]
+            hidden = (HiddenStates((*windows.shape, hidden_size), dtype, in_memory, own) for own in files)
+            dense, pruned = (ResidualStream(states, layerwise.device) for states in hidden)
+            run = _Run(self, layout, closed_form, layerwise, dense, pruned, fits)
+            total = PASSES * windows.size * self.checkpoint.shape.num_layers
+            with torch.inference_mode(), progress.task("refit", total, "tokens x passes") as advance:
+                run.over_layers(advance)
+            for own in files:
+                own.discard()
+
+
+def _fits_bytes(layout: Layout) -> int:
+    """Bytes of all fits' weights as they are written, without what is masked."""
+    outputs = [step for step in layout.steps if isinstance(step, Output) and step.weight]
+    return sum(o.weight.shape[0] * len(o.cut.kept) * torch_dtype(o.weight.dtype).itemsize for o in outputs if o.weight)
+
+
+class ResidualStream:
+    """The residual stream of one of the two models before the layer at hand, read and written batch by batch."""
+
+    def __init__(self, hidden: HiddenStates, device: torch.device) -> None:
+        self.hidden, self.device, self._turns = hidden, device, 0
+
+    def read(self, part: slice) -> torch.Tensor:
+        return self.hidden.read(part).to(self.device)
+
+    def write(self, part: slice, states: torch.Tensor) -> None:
+        self.hidden.write(part, states.cpu())
+
+    def turn(self) -> None:
+        """All was written: from now on that is read."""
+        self._turns += 1
+        self.hidden.turn(self._turns)
+        self.hidden.forget(self._turns - 1)
+
+
+class _ProjectionReachedError(Exception):
+    """The projection that was waited for has its input: the rest of the layer is of no interest."""
+
+
+class LayerInputs:
+    """What goes into a layer's output projections, by module, and the residual stream `between` its modules."""
+
+    def __init__(self, layer: torch.nn.Module, family: Family) -> None:
+        self.of: dict[str, torch.Tensor] = {}
+        self._until: Module | None = None
+        paths = {module: family.module(module).output for module in MODULES} | {"between": family.between_modules}
+        self._handles = [
+            layer.get_submodule(path).register_forward_pre_hook(self._hook(name)) for name, path in paths.items()
+        ]
+
+    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def note(_submodule: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            self.of[name] = inputs[0]
+            if name == self._until:
+                raise _ProjectionReachedError
+
+        return note
+
+    @property
+    def between(self) -> torch.Tensor:
+        return self.of["between"]
+
+    @contextmanager
+    def until(self, module: Module) -> Iterator[None]:
+        """Run the layer no further than to this module's output projection."""
+        self._until = module
+        try:
+            with suppress(_ProjectionReachedError):
+                yield
+        finally:
+            self._until = None
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass
+class _Run:
+    """One run over the layers."""
+
+    fit: SequentialFit
+    layout: Layout
+    closed_form: ClosedForm
+    layerwise: LayerwiseModel
+    dense: ResidualStream
+    pruned: ResidualStream
+    fits: StoredFits
+
+    def over_layers(self, advance: Advance) -> None:
+        checkpoint, windows = self.fit.checkpoint, self.fit.windows
+        self._embed()
+        for layer in self.layerwise.layers(range(checkpoint.shape.num_layers)):
+            if layer.index not in self.layout.layers.written_index:
+                self._pass(self.dense, layer, advance)
+                advance((PASSES - 1) * windows.size)
+                continue
+            inputs = LayerInputs(layer.module, checkpoint.family)
+            self._fit_attention(layer, inputs, advance)
+            self._fit_mlp(layer, inputs, advance)
+            inputs.close()
+            self._pass(self.pruned, layer, advance)
+
+    def _embed(self) -> None:
+        def take(part: slice, states: torch.Tensor) -> None:
+            self.dense.write(part, states)
+            self.pruned.write(part, states)
+
+        self.layerwise.embed(take)
+        self.dense.turn()
+        self.pruned.turn()
+
+    def _fit_attention(self, layer: Layer, inputs: LayerInputs, advance: Advance) -> None:
+        """Fit on the stream before the layer; with that the dense stream moves behind it."""
+        fit = self._begin(layer.index, "attention")
+
+        def step(part: slice, forward: Forward) -> None:
+            before = self.dense.read(part)
+            after = forward(before)
+            if part.start == 0:
+                self._check(layer.module, inputs, before, after)
+            after = after.cpu()  # takes memory, which nothing may once the sums have the batch
+            wanted = inputs.between.float()
+            before = self.pruned.read(part)
+            with inputs.until("attention"):
+                forward(before)
+            fit.add(inputs.of["attention"], wanted - before.float())
+            self.dense.write(part, after)
+
+        self.layerwise.run(layer, step, advance)
+        self.dense.turn()
+        self._finish(fit, layer.module)
+
+    def _check(self, layer: torch.nn.Module, inputs: LayerInputs, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Raise FlapError where a module does more to the stream than add its output projection's output."""
+        family, between = self.fit.checkpoint.family, inputs.between
+        for module, start, end in zip(MODULES, (before, between), (between, after), strict=True):
+            added = layer.get_submodule(family.module(module).output)(inputs.of[module])
+            rounding = 2 * torch.finfo(end.dtype).eps * float(end.abs().max())
+            if not torch.allclose(end - start, added, rtol=0, atol=rounding + 0.01 * float(added.abs().max())):
+                raise FlapError(
+                    f"--sequential knows no layers like those of family {family.name}, whose {module} adds something "
+                    "else to the residual stream than its output projection's output: leave it out"
+                )
+
+    def _fit_mlp(self, layer: Layer, inputs: LayerInputs, advance: Advance) -> None:
+        """Fit on what the fitted attention makes of the pruned stream."""
+        fit = self._begin(layer.index, "mlp")
+
+        def step(part: slice, forward: Forward) -> None:
+            with inputs.until("mlp"):
+                forward(self.pruned.read(part))
+            fit.add(inputs.of["mlp"], self.dense.read(part).float() - inputs.between.float())
+
+        self.layerwise.run(layer, step, advance)
+        self._finish(fit, layer.module)
+
+    def _begin(self, index: int, module: Module) -> ProjectionFit:
+        checkpoint = self.fit.checkpoint
+        cut = cut_of(checkpoint, self.layout.plan, index, module)
+        return ProjectionFit(cut, checkpoint, self.closed_form, self.fit.ridge, self.layerwise.device)
+
+    def _finish(self, projection_fit: ProjectionFit, layer: torch.nn.Module) -> None:
+        fit, cut = projection_fit.fit(), projection_fit.cut
+        written = torch_dtype(self.layout.output_dtype(cut.layer, cut.module))
+        fit = replace(fit, weight=fit.weight.to(written))
+        projection = layer.get_submodule(self.fit.checkpoint.family.module(cut.module).output)
+        projection_fit.install(projection, fit, written, self.dense.hidden.dtype)
+        self.fits.put(cut, fit)
+
+    def _pass(self, stream: ResidualStream, layer: Layer, advance: Advance) -> None:
+        """Move a stream behind the layer as it is."""
+
+        def step(part: slice, forward: Forward) -> None:
+            stream.write(part, forward(stream.read(part)))
+
+        self.layerwise.run(layer, step, advance)
+        stream.turn()

@@ -1,0 +1,99 @@
+"""Output projections fitted on the activations that the pruned layers before them make, and where fits are kept."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flapcli.checkpoints import Checkpoint
+from flapcli.errors import FlapError
+from flapcli.execution.device import sums_dtype
+from flapcli.pruning.compensation import ClosedForm, Fit, Means, output_error_shares, refit_on_means
+from flapcli.pruning.cut import ModuleCut, read_output, scatter
+
+
+class StoredFits:
+    """Fits in files of a folder until the checkpoint is written: together they may exceed memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._told: dict[Path, tuple[float | None, float | None, float | None]] = {}
+
+    def put(self, cut: ModuleCut, fit: Fit) -> None:
+        path = self._path(cut)
+        tensors = {"weight": fit.weight.contiguous()} | ({} if fit.bias is None else {"bias": fit.bias.contiguous()})
+        save_file(tensors, path)
+        self._told[path] = (fit.before, fit.after, fit.raised)
+
+    def fit(self, _weight: torch.Tensor | None, cut: ModuleCut) -> Fit:
+        path = self._path(cut)
+        found = load_file(path)
+        return Fit(found["weight"], found.get("bias"), *self._told[path])
+
+    def _path(self, cut: ModuleCut) -> Path:
+        return self.folder / f"{cut.layer}-{cut.module}.safetensors"
+
+
+class ProjectionFit:
+    """One output projection's sequential fit, which starts at its closed form; `ridge` is that of `refit_on_means`.
+
+    Sums over tokens are float64 where the device has it, of products of one batch in float32, as in calibration.
+    """
+
+    def __init__(
+        self, cut: ModuleCut, checkpoint: Checkpoint, closed_form: ClosedForm, ridge: float, device: torch.device
+    ) -> None:
+        self.cut, self.closed_form, self.ridge = cut, closed_form, ridge
+        self.weight, self.bias = read_output(checkpoint, cut)
+        channels, outputs = len(cut.kept), checkpoint.shape.hidden_size
+        start = torch.zeros(outputs, 0) if self.weight is None else closed_form.fit(self.weight, cut).weight
+        own = torch.zeros(outputs) if self.bias is None else self.bias
+        self.start, self._kept = start.double(), cut.kept.to(device)
+        self._start, self._bias = start.to(device, torch.float32), own.to(device, torch.float32)
+        shapes = (channels,), (outputs,), (channels, channels), (channels, outputs)
+        self._totals = [torch.zeros(shape, device=device, dtype=sums_dtype(device)) for shape in shapes]
+        self._tokens = 0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in a batch of the projection's input (..., channels), and of what it should output (..., out).
+
+        Whole, or where memory ends not at all.
+        """
+        x = x.flatten(0, -2).float()[:, self._kept]
+        r = y.flatten(0, -2) - self._bias - x @ self._start.T
+        parts = x.sum(0), r.sum(0), x.T @ x, x.T @ r
+        for total, part in zip(self._totals, parts, strict=True):
+            total.add_(part)
+        self._tokens += len(x)
+
+    def fit(self) -> Fit:
+        """The fit, which leaves the sums; `before` and `after` are shares of the dense model's own output.
+
+        So they compare with the closed form's, although this fit aims at another target: the dense residual stream,
+        given the pruned one. Raises FlapError where activations were not finite.
+        """
+        means = Means(*(total.cpu().double() / self._tokens for total in self._totals))
+        if not all(torch.isfinite(mean).all() for mean in means):
+            raise FlapError(
+                f"activations of layer {self.cut.layer}, {self.cut.module} are NaN or infinite once the layers before "
+                "are pruned: calibrate with --dtype float32 or bfloat16"
+            )
+        moved, gain, raised = refit_on_means(self.start, means, self.ridge, self.closed_form.adds_bias)
+        cut = self.cut
+        if self.weight is None:
+            return Fit(moved, gain, raised=raised)
+        mean, gram = self.closed_form.mean(cut), self.closed_form.gram(cut)
+        errors = output_error_shares(self.weight, cut.kept, cut.pruned, mean, gram, moved, gain)
+        return Fit(moved, gain, *errors, raised)
+
+    def install(self, projection: torch.nn.Module, fit: Fit, written: torch.dtype, running: torch.dtype) -> None:
+        """Let the layer's projection compute the fit, as it is `written`, in `running`; pruned channels meet zeros."""
+        if self.weight is not None:
+            full = scatter(fit.weight.to(written), self.cut.kept, 1, tuple(self.weight.shape))
+            projection.weight = self._parameter(full, running)
+        if fit.bias is not None:
+            own = 0 if self.bias is None else self.bias.double()
+            projection.bias = self._parameter((own + fit.bias).to(written), running)
+
+    def _parameter(self, value: torch.Tensor, running: torch.dtype) -> torch.nn.Parameter:
+        return torch.nn.Parameter(value.to(self._bias.device, running), requires_grad=False)

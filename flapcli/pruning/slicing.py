@@ -1,0 +1,76 @@
+"""Makes the tensors of a pruned checkpoint as its layout says, one at a time; the model is never built."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from flapcli.architecture.shape import Module
+from flapcli.checkpoints.shards import plan_shards, write_shards
+from flapcli.progress import Progress
+from flapcli.pruning.compensation import Compensation
+from flapcli.pruning.cut import read_output, scatter
+from flapcli.pruning.layout import Copy, Layout, Output, Rows, Step, Zeros, specs_of
+from flapcli.storage.atomic import require_space
+from flapcli.storage.dtypes import torch_dtype
+
+
+@dataclass
+class FitReport:
+    """What least squares said of each module: `Fit.before` and `after`, and the ridge where it had to grow."""
+
+    errors: dict[tuple[int, Module], tuple[float, float]] = field(default_factory=dict)
+    raised: dict[tuple[int, Module], float] = field(default_factory=dict)
+
+
+def write_tensors(
+    folder: Path, layout: Layout, compensation: Compensation, shard_size: int, progress: Progress
+) -> FitReport:
+    """Make every tensor of the layout, in shards of `folder`, one in memory at a time."""
+    report, total = FitReport(), layout.nbytes
+    require_space(folder, total)
+    with torch.inference_mode(), progress.task("apply", total, "bytes") as advance:
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for step in layout.steps:
+                made = _make(step, layout, compensation, report)
+                for spec, tensor in zip(specs_of(step), made, strict=True):
+                    yield spec.name, tensor.to(torch_dtype(spec.dtype))
+                    advance(spec.nbytes)
+
+        write_shards(folder, plan_shards(layout.specs, shard_size), tensors())
+    return report
+
+
+def _make(step: Step, layout: Layout, compensation: Compensation, report: FitReport) -> list[torch.Tensor]:
+    """The tensors of one step, in the order of `specs_of`."""
+    read = layout.checkpoint.read
+    match step:
+        case Copy():
+            return [read(step.source)]
+        case Rows():
+            rows = read(step.source)[step.rows]
+            return [scatter(rows, step.rows, 0, step.spec.shape) if layout.masked else rows]
+        case Zeros():
+            return [torch.zeros(step.spec.shape)]
+        case Output():
+            return _output(step, layout, compensation, report)
+
+
+def _output(step: Output, layout: Layout, compensation: Compensation, report: FitReport) -> list[torch.Tensor]:
+    """The kept columns of an output projection as fitted, and its bias: its own plus what the fit adds."""
+    cut = step.cut
+    weight, own_bias = read_output(layout.checkpoint, cut)
+    fit = compensation.fit(weight, cut)
+    if fit.before is not None and fit.after is not None:
+        report.errors[cut.layer, cut.module] = (fit.before, fit.after)
+    if fit.raised is not None:
+        report.raised[cut.layer, cut.module] = fit.raised
+    made = []
+    if step.weight and weight is not None:
+        made.append(scatter(fit.weight, cut.kept, 1, tuple(weight.shape)) if layout.masked else fit.weight)
+    if step.bias:
+        parts = (part for part in (own_bias, fit.bias) if part is not None)
+        made.append(sum(parts, torch.zeros(step.bias.shape, dtype=torch.float64)))
+    return made

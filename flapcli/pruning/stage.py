@@ -1,0 +1,183 @@
+"""Stage 3, `flap apply`: the pruned folder of a plan, or the one that is there already.
+
+Imports torch only to compute.
+"""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flapcli import __version__
+from flapcli.architecture.flap_section import MadeBy, SourceModel
+from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
+from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, load_pruned
+from flapcli.artifacts.stats import Stats, load_header, load_stats
+from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
+from flapcli.errors import FlapError
+from flapcli.execution.settings import RIDGES, ApplyOptions, Execution
+from flapcli.progress import Progress, Silent
+from flapcli.storage.atomic import atomic_folder
+from flapcli.storage.hashing import sha256
+
+if TYPE_CHECKING:
+    from flapcli.pruning.layout import Layout
+    from flapcli.pruning.slicing import FitReport
+
+__all__ = ["ApplyInputs", "ApplyOptions", "apply"]
+
+
+@dataclass(frozen=True)
+class ApplyInputs:
+    """Where inputs lie if not where the plan says: statistics, the dense model; and how the hub is asked."""
+
+    stats: Path | None = None
+    model: str | None = None
+    hub: Hub = field(default_factory=Hub)
+
+
+def apply(
+    plan_path: Path,
+    out: Path,
+    options: ApplyOptions = ApplyOptions(),
+    inputs: ApplyInputs = ApplyInputs(),
+    execution: Execution = Execution(),
+    force: bool = False,
+    progress: Progress = Silent(),
+) -> tuple[PrunedFolder, bool]:
+    """The folder in `out` that the plan's model is pruned into; and whether it was there.
+
+    `execution` is for a sequential fit, which runs the model in the type of the calibration. Raises UsageError for
+    options that don't go together, FlapError for inputs that don't belong together or can't be had.
+    """
+    options.check()
+    plan = load_plan(plan_path)
+    options = _resolved(options, plan)
+    stats_path = inputs.stats or plan_path.parent / plan.stats.path
+    hub = replace(inputs.hub, revision=inputs.hub.revision or plan.model.revision)
+    checkpoint = open_checkpoint(inputs.model or plan.model.name, hub)
+    check_belongs(plan, checkpoint.shape, plan_path)
+    made_by = MadeBy(
+        version=__version__,
+        model=SourceModel(name=checkpoint.name, revision=hub.revision, fingerprint=checkpoint.fingerprint),
+        plan_sha256=sha256(plan_path),
+        stats_sha256=plan.stats.sha256,
+        **asdict(options),
+    )
+    if found := PRUNED.current(out, lambda folder: folder.flap.made_by.same_as(made_by), force):
+        return found, True
+    stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None
+    if stats and options.compensate == "lstsq" and not stats.header.settings.get("gram"):
+        raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
+    dataset = stats.header.calibration.dataset if stats else _dataset_of(stats_path)
+    made_by = made_by.model_copy(update={"license": checkpoint.license, "dataset": dataset})
+    work = _Work(checkpoint, plan, stats, stats_path, options, execution)
+    _write_folder(out, work, made_by, progress)
+    return load_pruned(out), False
+
+
+def _resolved(options: ApplyOptions, plan: Plan) -> ApplyOptions:
+    """The options with what the plan and the way of fitting decide."""
+    return replace(
+        options,
+        compensate=options.compensate or ("bias" if plan.method == "flap" else "none"),
+        dtype=options.dtype or (plan.target.dtype if plan.target else None),
+        ridge=RIDGES[options.sequential] if options.ridge is None else options.ridge,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that a folder is made from; options are resolved."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    stats: Stats | None
+    stats_path: Path
+    options: ApplyOptions
+    execution: Execution
+
+
+def _write_folder(out: Path, work: _Work, made_by: MadeBy, progress: Progress) -> None:
+    from flapcli.execution.loading import quiet_transformers
+    from flapcli.pruning.companions import write_companions
+    from flapcli.pruning.compensation import ClosedForm
+    from flapcli.pruning.layout import layout_of
+    from flapcli.pruning.sequential import SequentialFit
+    from flapcli.pruning.slicing import write_tensors
+
+    quiet_transformers()
+    options, ridge = work.options, work.options.ridge or 0.0
+    fit = None
+    if options.sequential and work.stats:
+        fit = SequentialFit(work.checkpoint, work.stats, work.stats_path, work.execution, ridge)
+    kind = options.compensate or "none"
+    closed_form = ClosedForm(kind, work.stats, RIDGES[False] if fit else ridge, options.lstsq_bias)
+    _say_of_rank(work, progress)
+    layout = layout_of(work.checkpoint, work.plan, options, closed_form.adds_bias)
+    _say_of_layout(layout, options, progress)
+    with atomic_folder(out) as scratch:
+        with fit.stored(scratch, layout, closed_form, progress) if fit else nullcontext(closed_form) as compensation:
+            report = write_tensors(scratch, layout, compensation, options.shard_size, progress)
+        _say_of_ridge(report, progress)
+        write_companions(scratch, layout, made_by, report)
+
+
+def _say_of_layout(layout: "Layout", options: ApplyOptions, progress: Progress) -> None:
+    """Layers that are dropped or act by biases alone, whether remote code is needed, a target that is missed."""
+    layers, count = layout.layers, len(layout.plan.layers)
+    kept = layers.source_indices
+    if len(kept) < count:
+        dropped = format_ranges(sorted(set(range(count)) - set(kept)))
+        progress.note(f"layers that keep nothing leave the checkpoint: {dropped}; {len(kept)} of {count} stay")
+    if layers.acting:
+        progress.note(
+            f"layers that keep no unit stay as their biases alone, which go on acting: {format_ranges(layers.acting)}; "
+            "--compensate none drops layers whole where the model itself has no biases there"
+        )
+    if options.remote_code == "auto":
+        stock = f"a stock {layout.checkpoint.family.architecture}"
+        how = stock if layout.stock else "a checkpoint that needs trust_remote_code"
+        progress.note(f"{layout.why}: writing {how}")
+    if (target := layout.plan.target) and (larger := target.overrun(layout.specs)):
+        progress.note(larger)
+
+
+def _say_of_rank(work: _Work, progress: Progress) -> None:
+    """Fewer tokens than channels: the ridge alone decides what the text does not."""
+    if work.stats and work.options.compensate == "lstsq":
+        widest = max(len(module.mean) for module in work.stats.modules.values())
+        if (tokens := work.stats.header.calibration.tokens) < widest:
+            progress.note(
+                f"the Gram matrices come from {tokens:,} tokens, fewer than the widest module's {widest:,} channels, "
+                "and are singular: the fit rests on --ridge; more --nsamples would help"
+            )
+
+
+def _say_of_ridge(report: "FitReport", progress: Progress) -> None:
+    """Where sums are too coarse for the ridge asked for, a larger one decides more than the text does."""
+    if report.raised:
+        (layer, module), ridge = max(report.raised.items(), key=lambda item: item[1])
+        progress.note(
+            f"--ridge grew in {len(report.raised)} modules, to {ridge:g} in layer {layer}, {module}: rounding left "
+            "their Gram matrices indefinite; --no-bias, a larger --ridge or float32 (--gram-dtype, --dtype) may fit "
+            "better"
+        )
+
+
+def _stats_of(plan: Plan, plan_path: Path, stats_path: Path) -> Stats:
+    """The plan's statistics. Raises FlapError where they are others than those it was made from."""
+    stats = load_stats(stats_path)
+    if (found := sha256(stats_path)) != plan.stats.sha256:
+        raise FlapError(
+            f"{plan_path} was made from other statistics ({plan.stats.sha256[:12]}) than {stats_path} "
+            f"({found[:12]}): run `flap plan` again, or give its --stats"
+        )
+    return stats
+
+
+def _dataset_of(stats_path: Path) -> str | None:
+    try:
+        return load_header(stats_path).calibration.dataset
+    except FlapError:
+        return None  # only a default of `flap eval` depends on it

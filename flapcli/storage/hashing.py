@@ -1,0 +1,20 @@
+"""Hashes of files, by which artifacts know what they were made from."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 of names and contents of these files of a folder, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

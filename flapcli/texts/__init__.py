@@ -1,0 +1,1 @@
+"""From what a text is called to windows of tokens."""

@@ -1,0 +1,214 @@
+"""Text sources, and the token windows that calibration and perplexity read."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from os.path import isfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapcli.checkpoints import DEMO
+from flapcli.errors import FlapError, UsageError, first_line
+from flapcli.storage.hashing import sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Windows = NDArray[np.int64]
+Split = Literal["train", "test"]
+PYDOC_TRAIN_SHARE = 0.6
+C4_TEST_DOCUMENTS = 1100  # as the authors: the validation file's first documents, joined
+TEST_WINDOWS = {"pydoc": 60, "c4": 256}  # the first so many, of others all
+FILE_TYPES = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A dataset of the hub: the authors join its rows to one text, those of its train split by a space."""
+
+    repo: str
+    config: str | None
+    column: str
+    test_joint: str = " "
+    test_split: str = "test"
+    files: dict[Split, str] | None = None
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", test_joint="\n\n"),
+    "ptb": HubText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
+    "c4": HubText(
+        "allenai/c4", None, "text", test_split="validation",
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+}  # fmt: skip
+NAMED = (*HUB_TEXTS, "pydoc")
+
+
+def check_source(source: str, option: str, names: Sequence[str] = NAMED) -> None:
+    """Raise UsageError unless `source` is one of `names` or an existing file of a type we read."""
+    if source in names:
+        return
+    path = Path(source)
+    if path.suffix not in FILE_TYPES:
+        raise UsageError(f"{option} {source}: give {', '.join(names)} or a file that ends in {', '.join(FILE_TYPES)}")
+    if not isfile(path):  # which is False for what is too long to be a name
+        raise UsageError(f"{option} {source}: no such file")
+
+
+def source_sha256(source: str) -> str | None:
+    """Hash of a text on this machine; None for one from the hub."""
+    if source in HUB_TEXTS:
+        return None
+    if source == "pydoc":
+        return hashlib.sha256(_pydoc().encode()).hexdigest()
+    try:
+        return sha256(Path(source))
+    except OSError as error:
+        raise FlapError(f"cannot read {source}: {error.strerror}") from error
+
+
+def calibration_windows(
+    source: str, tokenizer: "PreTrainedTokenizerBase", nsamples: int, seqlen: int, seed: int, column: str = "text"
+) -> Windows:
+    """`nsamples` random windows of `seqlen` tokens, (nsamples, seqlen), drawn by `seed` as the authors do.
+
+    Raises FlapError where the text can't be had or is too short for a single window.
+    """
+    draw = random.Random(seed)
+    if source == "c4":
+        return _windows_of_documents(tokenizer, nsamples, seqlen, draw)
+    ids = tokens_of(source, tokenizer, "train", column)
+    last = len(ids) - seqlen - 1
+    if last < 0:
+        raise FlapError(
+            f"{source}: too little text: {len(ids)} tokens, drawing a window takes {seqlen + 1}; lower --seqlen"
+        )
+    starts = [draw.randint(0, last) for _ in range(nsamples)]
+    return np.stack([ids[start : start + seqlen] for start in starts])
+
+
+def evaluation_windows(source: str, tokenizer: "PreTrainedTokenizerBase", seqlen: int, column: str = "text") -> Windows:
+    """The text's test windows (METHOD.md, Perplexity) in order, without overlap, (n, seqlen); a file is read whole.
+
+    Raises FlapError where the text can't be had or is shorter than one window.
+    """
+    ids = tokens_of(source, tokenizer, "test", column)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise FlapError(
+            f"{source}: too little text for perplexity: {len(ids)} tokens, a window takes {seqlen}; lower --seqlen"
+        )
+    return ids[: count * seqlen].reshape(count, seqlen)[: TEST_WINDOWS.get(source)]
+
+
+def tokens_of(source: str, tokenizer: "PreTrainedTokenizerBase", split: Split, column: str) -> NDArray[np.int64]:
+    """Token ids of a whole text, with the special tokens that the tokenizer adds by itself."""
+    if source == "pydoc":
+        ids = _encode(tokenizer, _pydoc())
+        cut = int(PYDOC_TRAIN_SHARE * len(ids))
+        return ids[:cut] if split == "train" else ids[cut:]
+    if source in HUB_TEXTS:
+        rows = _hub_rows(source, split)[: C4_TEST_DOCUMENTS if source == "c4" else None]
+        joint = HUB_TEXTS[source].test_joint if split == "test" else " "
+        return _encode(tokenizer, joint.join(rows))
+    return _encode(tokenizer, _file_text(Path(source), column))
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> NDArray[np.int64]:
+    return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
+
+
+@cache
+def _pydoc() -> str:
+    """Python's own language reference, which every machine has (METHOD.md, Perplexity)."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
+
+
+def _windows_of_documents(
+    tokenizer: "PreTrainedTokenizerBase", nsamples: int, seqlen: int, draw: random.Random
+) -> Windows:
+    """c4 as the authors draw it: a random document that is long enough, then a random window of it."""
+    rows = _hub_rows("c4", "train")
+    windows: list[NDArray[np.int64]] = []
+    tries = 0
+    while len(windows) < nsamples:
+        ids = _encode(tokenizer, rows[draw.randint(0, len(rows) - 1)])
+        tries += 1
+        if len(ids) > seqlen:
+            start = draw.randint(0, len(ids) - seqlen - 1)
+            windows.append(ids[start : start + seqlen])
+        elif tries > 1000 * (len(windows) + 1):
+            raise FlapError(f"c4: too little text: hardly a document has {seqlen + 1} tokens; lower --seqlen")
+    return np.stack(windows)
+
+
+def _hub_rows(name: str, split: Split) -> Sequence[str]:
+    """The text column of a hub dataset's split, from the network or datasets' cache."""
+    import datasets
+
+    text = HUB_TEXTS[name]
+    theirs = text.test_split if split == "test" else split
+    files = {"data_files": {theirs: text.files[split]}} if text.files else {}
+    try:
+        rows = datasets.load_dataset(text.repo, text.config, split=theirs, **files)
+    except Exception as error:  # datasets raises a dozen kinds, among them bare ValueError and OSError
+        raise FlapError(
+            f"{name} ({text.repo} on the hub) can't be loaded and is not in datasets' cache: {first_line(error)}; "
+            "without a network use `pydoc` or a .txt, .jsonl or .parquet file"
+        ) from error
+    return rows[text.column]
+
+
+def _file_text(path: Path, column: str) -> str:
+    """A user's text: a .txt as it is, rows of .jsonl and .parquet joined by empty lines."""
+    try:
+        if path.suffix == ".txt":
+            return path.read_text(encoding="utf-8")
+        return {".jsonl": _jsonl_text, ".parquet": _parquet_text}[path.suffix](path, column)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlapError(f"cannot read {path} as text: {error}") from error
+
+
+def _jsonl_text(path: Path, column: str) -> str:
+    rows: list[str] = []
+    # Not splitlines, which breaks strings at the separators of Unicode.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+            if row[column] is not None:
+                rows.append(str(row[column]))
+        except (ValueError, TypeError) as error:
+            raise FlapError(f"{path}, line {number}: not a JSON object") from error
+        except KeyError as error:
+            raise FlapError(f"{path}, line {number}: no column {column!r}; name one with --text-column") from error
+    return "\n\n".join(rows)
+
+
+def _parquet_text(path: Path, column: str) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        if column not in names:
+            raise FlapError(f"{path}: no column {column!r} among {', '.join(names)}; name one with --text-column")
+        table = pyarrow.parquet.read_table(path, columns=[column])
+    except pyarrow.ArrowException as error:
+        raise FlapError(f"{path} is not a parquet file or is corrupt: {error}") from error
+    return "\n\n".join(str(row) for row in table[column].to_pylist() if row is not None)
+
+
+def default_text(model: str) -> str:
+    """The text of `--dataset` and `--perplexity` where none is given: pydoc for the demo, else wikitext2."""
+    return "pydoc" if model == DEMO else "wikitext2"

@@ -1,0 +1,1 @@
+"""All that people see: terminal, tables, the HTML page, pictures, commands to run again. No torch."""

@@ -1,0 +1,128 @@
+"""An evaluation in words and rows, for the terminal and the page alike. No torch."""
+
+from flapcli.artifacts.eval_report import EvalReport, Measurement, Spread
+from flapcli.evaluation.task_names import main_metric
+
+Row = tuple[str, list[str]]
+SMALL_BYTES = 2 * 10**9  # below this a CPU spends much of its time outside the matrix products
+
+
+def models_of(report: EvalReport) -> dict[str, Measurement]:
+    """The columns: the dense model first, where it was measured."""
+    if report.baseline:
+        return {"dense": report.baseline, "pruned": report}
+    return {"model": report}
+
+
+def quality_rows(report: EvalReport) -> list[Row]:
+    """Perplexity and bits per byte of every text, then tasks, with standard errors, one cell a model."""
+    models = list(models_of(report).values())
+    rows: list[Row] = []
+    for text in report.perplexity:
+        rows.append((f"perplexity {text}", [_perplexity(m, text) for m in models]))
+        if all(text in m.perplexity_details for m in models):
+            bits = [f"{m.perplexity_details[text].bits_per_byte:.3f}" for m in models]
+            rows.append((f"bits per byte {text}", bits))
+    for task, metrics in report.tasks.items():
+        for metric in shown_metrics(task, metrics):
+            rows.append((f"{task} ({metric})", [_metric(m.tasks.get(task, {}), metric) for m in models]))
+    if (counted := len(report.averaged_tasks)) > 1:
+        means = ["-" if m.task_average is None else f"{m.task_average:.4f}" for m in models]
+        rows.append((f"average of {counted} tasks", means))
+    return rows
+
+
+def cost_rows(report: EvalReport) -> list[Row]:
+    """Size, speed and memory, one cell a model."""
+    models = list(models_of(report).values())
+    rows: list[Row] = [
+        ("parameters", [f"{m.size.parameters:,}" for m in models]),
+        ("weights on disk", [f"{megabytes(m.size.bytes)} ({m.size.stored_as})" for m in models]),
+    ]
+    details = [m.speed_details for m in models if m.speed_details]
+    if len(details) != len(models):
+        return rows
+    rows.append((f"weights in memory ({details[0].dtype})", [megabytes(d.weight_bytes) for d in details]))
+    peaks = [int(m.speed["peak_memory_bytes"]) if m.speed else 0 for m in models]
+    where = "resident" if details[0].device == "cpu" else details[0].device
+    rows.append((f"peak memory ({where})", [megabytes(peak) for peak in peaks]))
+    for cases in zip(*(d.cases for d in details), strict=True):
+        name = f"({cases[0].batch_size} x {cases[0].prompt_tokens})"
+        rows.append((f"prefill tokens/s {name}", [_spread(c.prefill) for c in cases]))
+        rows.append((f"decode tokens/s {name}", [_spread(c.decode) for c in cases]))
+        rows.append((f"MACs per decoded token {name}", [f"{c.macs_decode / 1e6:,.1f} M" for c in cases]))
+    return rows
+
+
+def speed_lines(report: EvalReport) -> list[str]:
+    """What pruning gained in speed beside what the removed computation would allow, and plainly where it did not."""
+    found = gains(report)
+    lines = [
+        f"{case}: {gain.median:.2f}x the dense speed ({gain.low:.2f} to {gain.high:.2f}); "
+        f"the removed computation would allow {possible:.2f}x; {_verdict(gain)}"
+        for case, gain, possible in found
+    ]
+    short = any(gain.median - 1 < (possible - 1) / 2 for _, gain, possible in found)
+    return lines + (_reasons(report) if short else [])
+
+
+def gains(report: EvalReport) -> list[tuple[str, Spread, float]]:
+    """Every case by name, its gain over the dense speed, and the gain that the removed computation would allow."""
+    if not report.speedup or not report.speed_details:
+        return []
+    return [
+        (f"{phase}, batch {case.batch_size}, prompt {case.prompt_tokens}", found, possible)
+        for case, gain in zip(report.speed_details.cases, report.speedup, strict=True)
+        for phase, found, possible in (
+            ("prefill", gain.prefill, gain.prefill_possible), ("decode", gain.decode, gain.decode_possible)
+        )
+    ]  # fmt: skip
+
+
+def shown_metrics(task: str, metrics: dict[str, float]) -> list[str]:
+    """The metric that speaks for a task, or all where none does."""
+    main = main_metric(task, metrics)
+    return [main] if main else [name for name in metrics if "_stderr" not in name]
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _verdict(gain: Spread) -> str:
+    if gain.low > 1:
+        return "pruning paid"
+    if gain.median <= 1:
+        return "pruning did not pay"
+    return "within the machine's noise"
+
+
+def _reasons(report: EvalReport) -> list[str]:
+    """Why less than half of the possible gain may have been reached."""
+    details = report.speed_details
+    reasons = []
+    if details and details.odd_widths:
+        reasons.append(
+            f"{details.odd_widths:.0%} of the layers have an MLP width that is no multiple of 16, which kernels, "
+            "above all on GPUs, may run slower on: try `flap plan --round-to 32`"
+        )
+    if details and details.device == "cpu" and details.weight_bytes < SMALL_BYTES:
+        reasons.append("a small model on a CPU spends much of its time outside the products that pruning shrinks")
+    return reasons
+
+
+def _perplexity(measurement: Measurement, text: str) -> str:
+    value, details = measurement.perplexity[text], measurement.perplexity_details.get(text)
+    return f"{value:.2f} ± {details.standard_error:.2f}" if details else f"{value:.2f}"
+
+
+def _metric(values: dict[str, float], metric: str) -> str:
+    if metric not in values:
+        return "-"
+    name, comma, filtered = metric.partition(",")
+    error = values.get(f"{name}_stderr{comma}{filtered}")
+    return f"{values[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.median:,.1f} ({spread.low:,.1f} to {spread.high:,.1f})"

@@ -1,0 +1,215 @@
+"""The pictures of a run, drawn by matplotlib. No torch."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from flapcli.architecture.shape import MODULES, Module
+from flapcli.artifacts.eval_report import EvalReport
+from flapcli.artifacts.plan import Plan, load_plan
+from flapcli.artifacts.run_dir import RunDir
+from flapcli.artifacts.stats import Stats
+from flapcli.artifacts.sweep_results import Sweep
+from flapcli.errors import FlapError, UsageError
+from flapcli.evaluation.task_names import main_metric
+from flapcli.planning.scores import METRICS, UNIT_METRICS, standardise, unit_scores
+from flapcli.storage.atomic import atomic_file
+from flapcli.views.eval_rows import gains
+
+KEPT, GONE, DENSE, LIMIT = "#1f6f8b", "#dfe3e8", "#9aa3ad", "#c8553d"
+COLOURS = [KEPT, LIMIT, "#6a8d3a", "#8a5aa3"]  # of a sweep's texts
+CELLS = 64  # units a layer that are drawn one by one; more are drawn as a share
+# Text stays text, and equal runs give equal files.
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "flap", "font.size": 9.5, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"], "legend.frameon": False,
+}  # fmt: skip
+
+
+def kept_picture(plan: Plan) -> Figure:
+    """Layers from top to bottom, both modules side by side: which attention units stay, and what share of the MLP."""
+    figure = Figure(figsize=(4.8, max(2.2, 0.9 + 0.13 * len(plan.layers))), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, module in zip(panels, MODULES, strict=True):
+        units = [layer.module(module).of for layer in plan.layers]
+        if max(units) <= CELLS:
+            _cells(axes, plan, module, max(units))
+        else:
+            _shares(axes, plan, module)
+        kept, of = sum(plan.counts(module)), sum(units)
+        axes.set_title(f"{'Attention' if module == 'attention' else 'MLP'}: {kept / of:.0%} kept" if of else module)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_ylabel("layer")
+    panels[0].set_ylim(len(plan.layers) - 0.5, -0.5)
+    return figure
+
+
+def _cells(axes: Axes, plan: Plan, module: Module, width: int) -> None:
+    """One cell a unit; where a layer has fewer units than others the rest stays white."""
+    grid = np.full((len(plan.layers), width), np.nan)
+    for index, layer in enumerate(plan.layers):
+        grid[index, : layer.module(module).of] = 0
+        grid[index, plan.kept(index, module)] = 1
+    for value, colour in ((0, GONE), (1, KEPT)):
+        rows, columns = np.nonzero(grid == value)
+        axes.barh(rows, 0.86, left=columns - 0.43, height=0.8, color=colour)
+    axes.set_xlim(-0.6, width - 0.4)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(plan.layers[0].module(module).unit.replace("kv_group", "KV group"))
+
+
+def _shares(axes: Axes, plan: Plan, module: Module) -> None:
+    counts = np.array(plan.counts(module))
+    of = np.array([layer.module(module).of for layer in plan.layers])
+    rows = np.arange(len(counts))
+    axes.barh(rows, of, height=0.8, color=GONE)
+    axes.barh(rows, counts, height=0.8, color=KEPT)
+    axes.set_xlim(0, of.max())
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.set_xlabel(f"{plan.layers[0].module(module).unit}s kept (grey: removed)")
+
+
+def score_picture(stats: Stats, plan: Plan) -> Figure | None:
+    """Histograms of all units' scores, kept over removed, standardised within each layer; None for unknown metrics."""
+    if plan.metric not in METRICS | UNIT_METRICS:
+        return None
+    exponent = float(plan.settings.get("attention_exponent") or 1)
+    adaptive = plan.structure.startswith("AL") and plan.metric in METRICS
+    scores = unit_scores(stats, plan.metric, exponent, adaptive)
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    for axes, module in zip(figure.subplots(1, 2), MODULES, strict=True):
+        kept, gone = [], []
+        for layer in range(len(plan.layers)):
+            values = scores[layer, module] if adaptive else standardise(scores[layer, module])
+            kept.append(values[plan.kept(layer, module)])
+            gone.append(np.delete(values, plan.kept(layer, module)))
+        _histogram(axes, np.concatenate(kept), np.concatenate(gone))
+        axes.set_title("Attention" if module == "attention" else "MLP")
+        axes.set_xlabel(f"{plan.metric}, standardised in its layer")
+    figure.axes[0].set_ylabel("units")
+    figure.axes[1].legend(loc="upper right")
+    return figure
+
+
+def _histogram(axes: Axes, kept: np.ndarray, gone: np.ndarray) -> None:
+    """Stacked, the highest percent of scores gathered in the last bar, counts on a log scale where they need it."""
+    values = np.concatenate([kept, gone])
+    if not len(values):
+        return
+    low, high = values.min(), np.quantile(values, 0.99)
+    bins = np.linspace(low, high if high > low else low + 1, 31)
+    clipped = [np.clip(part, bins[0], bins[-1]) for part in (gone, kept)]
+    axes.hist(clipped, bins=bins.tolist(), stacked=True, color=["#b9c0c8", KEPT], label=["removed", "kept"])
+    if np.histogram(values, bins)[0].max() > 200:
+        axes.set_yscale("symlog", linthresh=10)
+
+
+def task_picture(report: EvalReport) -> Figure | None:
+    """Every task's main metric with its standard error, dense beside pruned; None without such tasks."""
+    named = [(task, metric) for task, values in report.tasks.items() if (metric := main_metric(task, values))]
+    if not named:
+        return None
+    models = [("dense", report.baseline, DENSE)] if report.baseline else []
+    models.append(("pruned", report, KEPT))
+    figure = Figure(figsize=(4.8, 0.9 + 0.42 * len(named)), layout="constrained")
+    axes = figure.subplots()
+    for place, (label, measured, colour) in enumerate(models):
+        heights = [measured.tasks.get(task, {}).get(metric, 0.0) for task, metric in named]
+        errors = [measured.tasks.get(task, {}).get(f"{metric}_stderr", 0.0) for task, metric in named]
+        rows = np.arange(len(named)) + 0.38 * (place - (len(models) - 1) / 2)
+        axes.barh(rows, heights, 0.36, xerr=errors, color=colour, label=label, error_kw={"elinewidth": 0.8})
+    axes.set_yticks(range(len(named)), [f"{task} ({metric})" for task, metric in named])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    figure.legend(loc="outside lower right", ncols=2)
+    return figure
+
+
+def speed_picture(report: EvalReport) -> Figure | None:
+    """The pruned model's gain in every case, its spread, and a mark for what the removed computation would allow."""
+    found = gains(report)
+    if not found:
+        return None
+    names, spreads, possible = zip(*found, strict=True)
+    figure = Figure(figsize=(4.8, 0.9 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    rows = np.arange(len(names))
+    middle = np.array([spread.median for spread in spreads])
+    ends = np.abs(np.array([[spread.low for spread in spreads], [spread.high for spread in spreads]]) - middle)
+    axes.barh(rows, middle, 0.6, xerr=ends, color=KEPT, error_kw={"elinewidth": 0.8}, label="measured")
+    axes.scatter(possible, rows, marker="|", s=160, linewidths=2, color=LIMIT, label="removed computation", zorder=3)
+    axes.axvline(1, color=DENSE, linewidth=1, linestyle="--", label="dense")
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    axes.set_xlabel("times the dense speed")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def svg(draw: Callable[..., Figure | None], *arguments: Any) -> str | None:
+    """What `draw` makes of its arguments as an <svg> element; None where one is None, or it makes nothing."""
+    if any(argument is None for argument in arguments):
+        return None
+    with rc_context(STYLE):
+        figure = draw(*arguments)
+        if figure is None:
+            return None
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_picture(source: Path, target: Path) -> None:
+    """Draw what the plan at `source` (a run folder, a pruned folder or a plan) keeps into a .png or .svg file.
+
+    Raises UsageError for another suffix, FlapError where there is no plan.
+    """
+    kind = target.suffix.removeprefix(".").lower()
+    if kind not in ("png", "svg"):
+        raise UsageError(f"--plot {target}: give a file that ends in .png or .svg")
+    found = [source] if source.is_file() else [RunDir(source).plan, RunDir(source).pruned / "plan.yaml"]
+    existing = next((path for path in found if path.suffix in (".yaml", ".yml") and path.exists()), None)
+    if existing is None:
+        raise FlapError(f"{source} holds no plan to draw: run `flap plan` first")
+    with rc_context(STYLE), atomic_file(target) as scratch:
+        kept_picture(load_plan(existing)).savefig(scratch, format=kind, dpi=160)
+
+
+def sweep_picture(sweep: Sweep) -> Figure:
+    """One line a text from the smallest model to the dense one, which is hollow; perplexity is logarithmic."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for place, text in enumerate(sweep.rows[0].perplexity):
+        points = [(row.parameters, row.perplexity[text]) for row in sweep.rows]
+        colour = COLOURS[place % len(COLOURS)]
+        whole = [(sweep.dense.parameters, sweep.dense.perplexity[text])] if sweep.dense else []
+        axes.plot(*zip(*(whole + points), strict=True), "-o", color=colour, label=Path(text).name, zorder=2)
+        if whole:
+            axes.plot(*zip(*whole, strict=True), "o", color=colour, markerfacecolor="white", zorder=3)
+        for row, at in zip(sweep.rows, points, strict=True):
+            axes.annotate(f"{row.ratio}", at, (4, 4), textcoords="offset points", fontsize=7.5, color=DENSE)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:,.4g} M")
+    axes.set_xlabel("parameters (hollow: dense; small figures: ratio)")
+    axes.set_ylabel("perplexity")
+    axes.legend()
+    return figure
+
+
+def save_sweep_picture(sweep: Sweep, target: Path) -> None:
+    """Write the picture as an SVG file. Raises FlapError where the file system refuses."""
+    with atomic_file(target) as scratch:
+        scratch.write_text(svg(sweep_picture, sweep) or "", encoding="utf-8")

@@ -1,0 +1,211 @@
+"""How artifacts look in the terminal: a table each."""
+
+from collections.abc import Mapping
+from math import log10
+from pathlib import Path
+from typing import Any
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from flapcli.architecture.shape import MODULES, Module
+from flapcli.artifacts.eval_report import EvalReport
+from flapcli.artifacts.plan import Plan, format_ranges
+from flapcli.artifacts.pruned_folder import PrunedFolder
+from flapcli.artifacts.self_text import SelfText
+from flapcli.artifacts.stats import StatsHeader
+from flapcli.artifacts.sweep_results import Figures, Row, Sweep
+from flapcli.export.stage import ExportedGguf
+from flapcli.views.eval_rows import cost_rows, megabytes, models_of, quality_rows, speed_lines
+from flapcli.views.terminal import out
+
+BAR = 20  # characters
+WIDTH, HEIGHT, MARGIN = 60, 12, 10  # of the plot of a sweep and of its labels, in characters
+MARKS = "●◆▲■○◇△□"
+
+
+def show_stats(header: StatsHeader) -> None:
+    model, run = header.model, header.calibration
+    table = _pairs("statistics")
+    table.add_row("model", f"{model.name} ({model.family}, {model.parameters:,} parameters)")
+    table.add_row("layers", f"{model.num_layers} x {model.hidden_size} wide")
+    heads = f"{model.num_attention_heads} heads, {model.num_key_value_heads} key/value heads of {model.head_dim}"
+    table.add_row("attention", f"{heads}; unit: {model.unit('attention')}")
+    table.add_row("MLP", f"{model.intermediate_size} neurons")
+    windows = f"{run.nsamples} windows of {run.seqlen}, {run.tokens:,} tokens, seed {run.seed}"
+    table.add_row("text", f"{run.dataset}: {windows}")
+    table.add_row("ran in", run.dtype + (f", {run.mode}" if run.mode else ""))
+    asked = header.settings
+    beside = [f"Gram matrices ({asked.get('gram_dtype', 'float32')})"] if asked.get("gram") else []
+    beside += ["Fisher information"] if asked.get("fisher") else []
+    if beside:
+        table.add_row("beside moments", ", ".join(beside))
+    out.print(table)
+
+
+def show_selftext(made: SelfText) -> None:
+    """What the model wrote, a window a row."""
+    title = f"text that {made.model} wrote, seed {made.seed}"
+    table = Table(Column("window", justify="right"), f"{made.seqlen} tokens", title=title, title_justify="left")
+    for index, window in enumerate(made.windows):
+        table.add_row(str(index), Text(" ".join(window.text.split())))
+    out.print(table)
+
+
+def show_plan(plan: Plan) -> None:
+    """A row and two bars per layer, and what it comes to."""
+    table = Table(title=f"{plan.method} {plan.metric} {plan.structure} on {plan.model.name}", title_justify="left")
+    table.add_column("layer", justify="right")
+    for module in MODULES:
+        table.add_column(plan.layers[0].module(module).unit + "s", justify="right", no_wrap=True)
+        table.add_column(f"{module} kept", no_wrap=True)
+    for layer, *counts in zip(plan.layers, *map(plan.counts, MODULES), strict=True):
+        row = [str(layer.index)]
+        for count, of in zip(counts, (layer.module(module).of for module in MODULES), strict=True):
+            row += [f"{count}/{of}", _bar(count, of)]
+        table.add_row(*row)
+    out.print(table)
+    p = plan.parameters
+    out.print(
+        f"{plan.ratio.achieved:.2%} of {p.prunable:,} prunable weights go (asked: {plan.ratio.requested:.2%})\n"
+        f"parameters {p.model:,} -> {p.model_after:,}",
+        highlight=False,
+    )
+    if target := plan.target:
+        counted = "biases that compensation adds included" if target.biases else "no added biases counted"
+        written = f", written as {target.dtype}" if target.dtype else ""
+        out.print(f"target: at most {target.limit:,} {target.unit}{written}, {counted}", highlight=False)
+    _say_of_widths(plan.settings.get("round_to"))
+
+
+def _say_of_widths(round_to: Any) -> None:
+    """What multiples of MLP widths are good for, where the user asked for some."""
+    if isinstance(round_to, int) and round_to > 1:
+        fits = "K-quants and older types" if round_to % 256 == 0 else "older types (K-quants want 256)"
+        fits = fits if round_to % 32 == 0 else "none of its types (older ones want 32, K-quants 256)"
+        suits = f"which suits llama.cpp's quantisations: {fits}"
+        out.print(f"MLP widths are multiples of {round_to}, {suits}", highlight=False)
+
+
+def show_folder(folder: PrunedFolder) -> None:
+    """What a pruned folder is."""
+    flap, made_by = folder.flap, folder.flap.made_by
+    table = _pairs(f"pruned checkpoint {folder.path}")
+    table.add_row("made from", made_by.model.name)
+    how = ", sequential" if made_by.sequential else ""
+    masked = ", masked in place" if made_by.mask_only else ""
+    table.add_row("compensation", made_by.compensate + how + masked)
+    table.add_row("biases added", ", ".join(flap.biases) or "none")
+    if flap.source_layers is not None:
+        kept = flap.source_layers
+        table.add_row("layers", f"{len(kept)} of the dense model's: {format_ranges(kept)}")
+    for size in ("num_key_value_heads", "intermediate_size"):
+        values = getattr(flap, size)
+        table.add_row(size, f"{min(values)} to {max(values)}, {sum(values):,} in all")
+    table.add_row("weights", str(folder.config["dtype"]))
+    out.print(table)
+    if flap.output_error:
+        _show_output_errors(flap.output_error)
+
+
+def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]]) -> None:
+    """What least squares gained: share of each projection's output variance lost on the calibration text."""
+    title = "output variance lost, with the pruned channels' mean -> least squares"
+    table = Table(*_right("layer", *MODULES), title=title, title_justify="left")
+    for layer, pairs in enumerate(zip(*(errors[module] for module in MODULES), strict=True)):
+        table.add_row(str(layer), *(f"{pair[0]:.2%} -> {pair[1]:.2%}" if pair else "-" for pair in pairs))
+    out.print(table)
+
+
+def show_report(report: EvalReport) -> None:
+    """The figures of the pruned model, the dense one's beside them, and what the speed comes to."""
+    table = Table("", *_right(*models_of(report)), title=report.checkpoint, title_justify="left")
+    for name, cells in quality_rows(report) + cost_rows(report):
+        table.add_row(name, *cells)
+    out.print(table)
+    for line in speed_lines(report):
+        out.print(Text(line), soft_wrap=True)
+    if report.all_failures:
+        out.print(Text(f"tasks that were not run: {', '.join(report.all_failures)}"), soft_wrap=True)
+
+
+def show_export(exported: ExportedGguf) -> None:
+    """What an exported file is, and what smaller quantisations of it would meet."""
+    table = _pairs(f"exported {exported.path}")
+    table.add_row("made from", exported.made_by.model.name)
+    table.add_row("weights", exported.made_by.outtype)
+    table.add_row("bytes", f"{exported.path.stat().st_size:,}")
+    table.add_row("for Ollama", f"ollama create NAME -f {exported.modelfile}")
+    for line in exported.advice:
+        table.add_row("quantising", line)
+    out.print(table)
+
+
+def show_families(rows: list[dict[str, str]]) -> None:
+    table = Table("family", "covers", "model_type", "architecture")
+    for row in rows:
+        table.add_row(*row.values())
+    out.print(table)
+
+
+def _pairs(title: str) -> Table:
+    columns = (Column(style="bold"), Column(overflow="fold"))
+    return Table(*columns, title=title, title_justify="left", show_header=False)
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
+
+
+def _bar(count: int, of: int) -> str:
+    full = round(BAR * count / of) if of else 0
+    return "█" * full + "░" * (BAR - full)
+
+
+def show_sweep(sweep: Sweep) -> None:
+    """A row for the dense model and one a ratio: size, perplexities, over the dense model's in brackets; and a plot."""
+    models: list[Figures] = [*([sweep.dense] if sweep.dense else []), *sweep.rows]
+    texts = list(sweep.rows[0].perplexity)
+    columns = ["ratio", "parameters", "weights", *(f"perplexity {Path(text).name}" for text in texts)]
+    averaged = any(row.task_average is not None for row in sweep.rows)
+    columns += ["average of tasks"] if averaged else []
+    table = Table(*_right(*columns), title=f"sweep of {sweep.model}", title_justify="left")
+    for model in models:
+        cells = [f"{model.parameters:,}", f"{megabytes(model.bytes)} {model.stored_as}"]
+        cells += [_cell(model, text) for text in texts]
+        cells += ["-" if model.task_average is None else f"{model.task_average:.4f}"] if averaged else []
+        table.add_row(str(model.ratio) if isinstance(model, Row) else "dense", *cells)
+    out.print(table)
+    out.print(_plot(models, texts))
+
+
+def _cell(row: Figures, text: str) -> str:
+    relative = f" ({row.relative[text]:.2f}x)" if isinstance(row, Row) and text in row.relative else ""
+    return f"{row.perplexity[text]:.2f}{relative}"
+
+
+def _plot(models: list[Figures], texts: list[str]) -> Text:
+    """Perplexity (logarithmic) over parameters, one mark a text; where two meet the later one shows."""
+    heights = [log10(model.perplexity[text]) for model in models for text in texts]
+    sizes = [model.parameters for model in models]
+    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
+    for mark, text in zip(MARKS, texts, strict=False):
+        for model in models:
+            x = _place(model.parameters, min(sizes), max(sizes), WIDTH)
+            y = _place(log10(model.perplexity[text]), min(heights), max(heights), HEIGHT)
+            grid[HEIGHT - 1 - y][x] = mark
+    ticks = {0: max(heights), HEIGHT // 2: (max(heights) + min(heights)) / 2, HEIGHT - 1: min(heights)}
+    lines = ["perplexity over parameters"]
+    for place, line in enumerate(grid):
+        label = f"{10 ** ticks[place]:,.4g}" if place in ticks else ""
+        lines.append(f"{label:>{MARGIN}} ┤{''.join(line).rstrip()}")
+    lines.append(f"{'':>{MARGIN}} └{'─' * WIDTH}")
+    low, high = f"{min(sizes):,}", f"{max(sizes):,}"
+    lines.append(f"{'':>{MARGIN}}  {low}{high:>{WIDTH - len(low)}}")
+    lines.append(" " * (MARGIN + 2) + "   ".join(f"{m} {Path(t).name}" for m, t in zip(MARKS, texts, strict=False)))
+    return Text("\n".join(lines), no_wrap=True)
+
+
+def _place(value: float, low: float, high: float, cells: int) -> int:
+    """The cell of a value on an axis of `cells` from low to high; the middle where there is but one value."""
+    return round((value - low) / (high - low) * (cells - 1)) if high > low else cells // 2

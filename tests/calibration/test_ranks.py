@@ -1,0 +1,227 @@
+"""One calibration by several real gloo processes: the same statistics, one writer, and no hang when one dies."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flapcli.artifacts.stats import load_stats
+from flapcli.calibration.job import refuse_unlike_ranks
+from flapcli.checkpoints import open_checkpoint
+from flapcli.errors import FlapError
+
+SUPPORT = Path(__file__).parents[1] / "support"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Runs `flap ARGUMENTS` in `size` processes; returns exit code, stdout and stderr of every one."""
+    command = [sys.executable, SUPPORT / "forks.py"]
+    server = subprocess.Popen(
+        command, env=os.environ | ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+    def run(size, *arguments, present=None, dying=None, **trouble):
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        told = [
+            shared | {"RANK": rank, "LOCAL_RANK": rank} | (trouble if rank == dying else {})
+            for rank in present or range(size)
+        ]
+        job = {
+            "arguments": [str(a) for a in arguments],
+            "ranks": [{key: str(value) for key, value in environment.items()} for environment in told],
+        }
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
+def calibrate(model, text_file, run, nsamples=7):
+    return ["calibrate", model, "-d", run, "--dataset", text_file, "--nsamples", nsamples, "--seqlen", 24,
+            "--batch-size", 2, "--dtype", "float32", "--gram"]  # fmt: skip
+
+
+def assert_close(ours, theirs):
+    np.testing.assert_allclose(ours.influences, theirs.influences, rtol=1e-5)
+    for key, stats in theirs.modules.items():
+        found = ours.modules[key]
+        for name in ("variance", "square_mean", "weight_square_sum", "weight_abs_mean"):
+            np.testing.assert_allclose(getattr(found, name), getattr(stats, name), rtol=1e-5)
+        np.testing.assert_allclose(found.mean, stats.mean, rtol=1e-5, atol=1e-5 * np.sqrt(stats.variance).max())
+        gram = theirs.gram(*key)
+        np.testing.assert_allclose(ours.gram(*key), gram, rtol=1e-4, atol=1e-5 * gram.max())
+
+
+def test_ranks_that_differ_are_named(tiny):
+    """As they do with another copy of the text, or where `auto` stands for another dtype."""
+    checkpoint, windows = open_checkpoint(str(tiny("llama-gqa"))), np.zeros((2, 8), np.int64)
+
+    class Others:
+        def __init__(self, **unlike):
+            self.unlike = unlike
+
+        def agree(self, mine):
+            return [mine, mine, mine | self.unlike]
+
+    refuse_unlike_ranks(Others(), checkpoint, windows, torch.float32)
+    with pytest.raises(FlapError, match=r"rank 2 and rank 0 .* differ in: text"):
+        refuse_unlike_ranks(Others(text="another"), checkpoint, windows, torch.float32)
+    with pytest.raises(FlapError, match="differ in: --dtype"):
+        refuse_unlike_ranks(Others(**{"--dtype": "bfloat16"}), checkpoint, windows, torch.float32)
+
+
+def test_half_a_launcher_is_refused(flap, tiny, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    said = flap(*calibrate(tiny("llama-gqa"), text_file, tmp_path / "run"), code=1).stderr
+    assert "MASTER_ADDR" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("size,nsamples", [(2, 7), (3, 7), (3, 2)])
+def test_ranks_give_the_statistics_of_one_process(ranks, mode, size, nsamples, tiny, text_file, flap, tmp_path):
+    """Uneven shares, and more ranks than windows; twice the same bits."""
+    model = tiny("mistral-window")
+    flap(*calibrate(model, text_file, tmp_path / "alone", nsamples), mode)
+    for run in ("one", "two"):
+        done = ranks(size, *calibrate(model, text_file, tmp_path / run, nsamples), mode)
+        assert [code for code, _, _ in done] == [0] * size, done
+        assert "written" in done[0][2]
+        assert all(not out and "written" not in err for _, out, err in done[1:])
+        assert [path.name for path in (tmp_path / run).iterdir()] == ["stats.safetensors"]
+    alone, one = (load_stats(tmp_path / run / "stats.safetensors") for run in ("alone", "one"))
+    assert one.header == alone.header
+    assert_close(one, alone)
+    assert (tmp_path / "one" / "stats.safetensors").read_bytes() == (
+        tmp_path / "two" / "stats.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("size,nsamples", [(2, 7), (3, 3)])
+def test_ranks_share_the_sampling_of_one_process(ranks, size, nsamples, tiny, flap, tmp_path):
+    """Batches of two windows: one rank may have none. Rank 0 writes the text of all."""
+    model = tiny("llama-gqa")
+    flap(*calibrate(model, "self", tmp_path / "alone", nsamples))
+    for again in ("written", "up to date"):
+        done = ranks(size, *calibrate(model, "self", tmp_path / "run", nsamples))
+        assert [code for code, _, _ in done] == [0] * size, done
+        assert [err.count(f"self.json: {again}") for _, _, err in done] == [1] + [0] * (size - 1)
+        (tmp_path / "run" / "stats.safetensors").replace(tmp_path / "last.safetensors")
+    assert (tmp_path / "run" / "self.json").read_bytes() == (tmp_path / "alone" / "self.json").read_bytes()
+    assert_close(load_stats(tmp_path / "last.safetensors"), load_stats(tmp_path / "alone" / "stats.safetensors"))
+
+
+@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
+def test_ranks_give_the_fisher_information_of_one_process(ranks, mode, tiny, text_file, flap, tmp_path):
+    model = tiny("qwen3")
+    flap(*calibrate(model, text_file, tmp_path / "alone"), mode, "--fisher", "--gram")
+    done = ranks(2, *calibrate(model, text_file, tmp_path / "two"), mode, "--fisher", "--gram")
+    assert [code for code, _, _ in done] == [0, 0], done
+    alone, two = (load_stats(tmp_path / run / "stats.safetensors") for run in ("alone", "two"))
+    assert_close(two, alone)
+    for key, values in alone.fisher.items():
+        np.testing.assert_allclose(two.fisher[key], values, rtol=1e-4, atol=1e-6 * values.max())
+    for key, values in alone.elimination.items():
+        np.testing.assert_allclose(two.elimination[key], values, rtol=1e-3, atol=1e-5 * values.max())
+
+
+def test_torchrun(tiny, text_file, flap, tmp_path):
+    arguments = [str(a) for a in calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+               "-m", "flapcli", *arguments]  # fmt: skip
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stats.safetensors: written") == 1
+    flap(*calibrate(tiny("llama-gqa"), text_file, tmp_path / "alone"))
+    assert_close(*(load_stats(tmp_path / run / "stats.safetensors") for run in ("run", "alone")))
+    again = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("up to date") == 1
+
+
+@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_dead_rank_is_named_and_the_next_run_goes_on(ranks, mode, dying, tiny, text_file, flap, tmp_path):
+    model = tiny("llama-gqa")
+    arguments = [*calibrate(model, text_file, tmp_path / "run", 12), mode, "--rank-timeout", 8]
+    began = time.monotonic()
+    done = ranks(3, *arguments, dying=dying, DIE_AFTER=3 if mode == "--stream" else 1)
+    assert time.monotonic() - began < 60
+    assert done[dying][0] == -9
+    for rank in {0, 1, 2} - {dying}:
+        code, _, err = done[rank]
+        assert code == 1, done
+        [line] = [line for line in err.splitlines() if line.startswith("error:")]
+        assert re.search(rf"rank {dying} .*(died|gave no sign of life)", line), line
+    assert not (tmp_path / "run" / "stats.safetensors").exists()
+    done = ranks(3, *arguments)
+    assert [code for code, _, _ in done] == [0, 0, 0], done
+    assert ("going on with layer 1" in done[0][2]) == (mode == "--stream")
+    undisturbed = ranks(3, *calibrate(model, text_file, tmp_path / "other", 12), mode)
+    assert [code for code, _, _ in undisturbed] == [0, 0, 0], undisturbed
+    paths = [tmp_path / run / "stats.safetensors" for run in ("run", "other")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_torchrun_ends_with_a_line_that_names_the_dead_rank(tiny, text_file, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, os.environ['TESTS'])\n"
+        "import forks\n"
+        "if os.environ['RANK'] == '1': forks.die_after(1)\n"
+        "forks.app(sys.argv[1:])\n"
+    )
+    arguments = [str(a) for a in calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+               script, *arguments]  # fmt: skip
+    environment = os.environ | ENVIRONMENT | {"TESTS": str(SUPPORT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert re.search(r"rank 1 .* died", line), done.stderr
+    assert not (tmp_path / "run" / "stats.safetensors").exists()
+
+
+def test_a_failing_ranks_reason_is_told(ranks, tiny, text_file, tmp_path):
+    arguments = [*calibrate(tiny("llama-gqa"), text_file, tmp_path / "run"), "--stream"]
+    done = ranks(2, *arguments, dying=1, DIE_AFTER=1, FAIL=1)
+    assert [code for code, _, _ in done] == [1, 1]
+    assert re.search(r"rank 1 .* failed: this rank's own trouble", done[0][2]), done
+    assert "error: this rank's own trouble" in done[1][2]
+
+
+@pytest.mark.parametrize("present", [[0], [1]])
+def test_a_rank_that_never_comes_is_named(ranks, present, tiny, text_file, tmp_path):
+    arguments = [*calibrate(tiny("llama-gqa"), text_file, tmp_path / "run"), "--rank-timeout", 5]
+    [(code, _, err)] = ranks(2, *arguments, present=present)
+    assert code == 1
+    [line] = [line for line in err.splitlines() if line.startswith("error:")]
+    assert f"rank {1 - present[0]}" in line
+    assert "did not come within 5 s" in line
+
+
+def test_only_calibrate_runs_in_several_processes(flap, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "only calibrate runs under torchrun" in flap("run", "demo", code=2).stderr

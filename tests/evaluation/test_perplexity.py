@@ -1,0 +1,72 @@
+"""Perplexity of several texts, its standard error, and bits per byte."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.models import load_dense, load_tokenizer
+
+from flapcli.evaluation.perplexity import predicted_bytes, window_losses
+from flapcli.progress import Silent
+from flapcli.texts.corpus import evaluation_windows
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "plain.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    (folder / "other.txt").write_text("Größe, café, 东京 and the lazy dog. " * 60)
+    return [str(folder / name) for name in ("plain.txt", "other.txt")]
+
+
+def test_every_figure_follows_from_the_windows_losses(tiny, flap, texts, tmp_path):
+    out = tmp_path / "eval.json"
+    options = [part for text in texts for part in ("--perplexity", text)]
+    flap("eval", tiny("llama-gqa"), "--no-baseline", "--seqlen", 16, "--out", out, *options, "--batch-size", 3)
+    report = json.loads(out.read_text())
+    model, tokenizer = load_dense(tiny("llama-gqa")), load_tokenizer(tiny("llama-gqa"))
+    for text in texts:
+        windows = evaluation_windows(text, tokenizer, 16)
+        ids = torch.from_numpy(windows)
+        with torch.no_grad():
+            losses = np.array([float(model(row[None], labels=row[None]).loss) for row in ids])
+        details = report["perplexity_details"][text]
+        assert report["perplexity"][text] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+        error = math.exp(losses.mean()) * losses.std(ddof=1) / math.sqrt(len(losses))
+        assert details["standard_error"] == pytest.approx(error, rel=1e-3)
+        assert details["windows"] == len(windows)
+        assert details["tokens"] == len(windows) * 15
+        assert details["bits_per_byte"] == pytest.approx(losses.sum() * 15 / math.log(2) / details["bytes"], rel=1e-4)
+
+
+def test_bytes_are_those_of_the_predicted_text(tiny, texts):
+    tokenizer = load_tokenizer(tiny("llama-gqa"))
+    windows = evaluation_windows(texts[0], tokenizer, 16)
+    size = sum(len(tokenizer.decode([token]).encode()) for row in windows for token in row[1:])
+    assert predicted_bytes(windows, tokenizer) == size
+
+
+def test_batches_change_nothing(tiny, texts):
+    model = load_dense(tiny("qwen2"))
+    windows = evaluation_windows(texts[0], load_tokenizer(tiny("qwen2")), 12)[:7]
+    alone, together = (window_losses(model, windows, batch, Silent()) for batch in (1, 4))
+    np.testing.assert_allclose(alone, together, rtol=1e-5)
+
+
+def test_streamed_equals_in_memory(any_tiny, prune, flap, text_file, tmp_path):
+    """One layer at a time gives the losses of the whole model, for dense and pruned checkpoints of every family."""
+    run = prune(any_tiny, tmp_path / "run")
+    found = {}
+    for way in ("--stream", "--no-stream"):
+        flap("eval", "-d", run, "--perplexity", text_file, "--seqlen", 24, way, "--force")
+        report = json.loads((run / "eval.json").read_text())
+        found[way] = [report["perplexity"][str(text_file)], report["baseline"]["perplexity"][str(text_file)]]
+    assert found["--stream"] == pytest.approx(found["--no-stream"], rel=1e-6)
+
+
+def test_stream_refuses_what_needs_the_whole_model(tiny, prune, flap, text_file, tmp_path):
+    run = prune(tiny("llama-gqa"), tmp_path / "run")
+    result = flap("eval", "-d", run, "--perplexity", text_file, "--stream", "--speed", code=2)
+    assert "--stream: tasks and speed need the whole model in memory" in result.stderr

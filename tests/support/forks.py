@@ -1,0 +1,78 @@
+"""Starts groups of ranks for tests as forks of this process, so that only one process pays for the imports.
+
+Reads jobs as JSON lines: `arguments` of flap, and `ranks`, a list of environments. Answers each with one JSON line,
+the exit code, stdout and stderr of every rank. DIE_AFTER (batches) in an environment makes that rank die by SIGKILL
+after so many, and FAIL by an error of its own.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
+from transformers.models.mistral import modeling_mistral  # noqa: F401
+
+import flapcli.calibration.job  # noqa: F401
+from flapcli.calibration.recorder import Recorder
+from flapcli.cli.app import app
+from flapcli.errors import FlapError
+
+
+def start(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+        signal.alarm(90)  # a rank that hangs ends, and fails its test
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        if "DIE_AFTER" in environment:
+            die_after(int(environment["DIE_AFTER"]))
+        app(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def die_after(batches: int) -> None:
+    commit, left = Recorder.commit, [batches]
+
+    def dying(self: Recorder) -> None:
+        commit(self)
+        left[0] -= 1
+        if left[0] < 0:
+            if "FAIL" in os.environ:
+                raise FlapError("this rank's own trouble")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Recorder.commit = dying  # type: ignore[method-assign]
+
+
+def main() -> None:
+    for line in sys.stdin:
+        job = json.loads(line)
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [(Path(scratch, f"{i}.out"), Path(scratch, f"{i}.err")) for i in range(len(job["ranks"]))]
+            children = [start(job["arguments"], env, *f) for env, f in zip(job["ranks"], files, strict=True)]
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            texts = [(out.read_text(), err.read_text()) for out, err in files]
+        answer = [(code, out, err) for code, (out, err) in zip(codes, texts, strict=True)]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

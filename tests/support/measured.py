@@ -1,0 +1,59 @@
+"""Statistics as tests measure and compare them."""
+
+import numpy as np
+import torch
+from support.edits import edit_keep
+from support.models import load_tokenizer
+
+from flapcli.artifacts.stats import load_stats
+from flapcli.calibration.in_memory import Measured
+from flapcli.calibration.in_memory import measure as measure_workload
+from flapcli.calibration.workload import Workload
+from flapcli.execution.device import Runtime
+from flapcli.texts.corpus import calibration_windows
+
+SMALL_FISHER = ["--nsamples", 12, "--seqlen", 24, "--batch-size", 5, "--dtype", "float32"]
+CPU = torch.device("cpu")
+
+
+def measure(checkpoint, windows, device, dtype, batch_size, gram, progress, with_fisher=False) -> Measured:
+    """A calibration in memory by this process alone."""
+    return measure_workload(
+        Workload(checkpoint, windows, Runtime(device, dtype, batch_size), gram, with_fisher, progress)
+    )
+
+
+def windows_of(folder, text_file, count=12, seqlen=24):
+    return calibration_windows(str(text_file), load_tokenizer(folder), count, seqlen, 0)
+
+
+def assert_same(ours, theirs, gram=False):
+    assert ours.modules.keys() == theirs.modules.keys()
+    assert ours.influences == theirs.influences is not None
+    for key, stats in theirs.modules.items():
+        for name, value in vars(stats).items():
+            np.testing.assert_array_equal(getattr(ours.modules[key], name), value, err_msg=f"{key} {name}")
+        if gram:
+            np.testing.assert_array_equal(ours.gram(*key), theirs.gram(*key))
+
+
+def calibrated(flap, model, text_file, run, *more):
+    """Statistics with Fisher information."""
+    flap("calibrate", model, "-d", run, "--dataset", text_file, *SMALL_FISHER, "--fisher", *more)
+    assert [path.name for path in run.iterdir()] == ["stats.safetensors"]
+    return load_stats(run / "stats.safetensors")
+
+
+def without_attention_in_layer_1(model, prune, flap, run):
+    """A pruned checkpoint in which a module has no unit left."""
+    prune(model, run, "--ratio 0.3")
+    edit_keep(run, (1, "attention"))
+    flap("apply", "-d", run)
+    return run / "pruned"
+
+
+def random_data(tokens: int = 200, channels: int = 8, seed: int = 0):
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, channels, dtype=torch.float64) @ torch.randn(channels, channels, dtype=torch.float64)
+    x += torch.randn(channels, dtype=torch.float64)
+    return x, torch.randn(6, channels, dtype=torch.float64), x.mean(0), x.T @ x / tokens
