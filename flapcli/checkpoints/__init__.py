@@ -8,6 +8,7 @@ from flapcli.checkpoints.gguf import GgufCheckpoint
 from flapcli.checkpoints.huggingface import SafetensorsCheckpoint
 from flapcli.checkpoints.locate import DEMO, Hub
 from flapcli.checkpoints.locate import locate as _locate
+from flapcli.errors import FlapError
 
 __all__ = ["DEMO", "Checkpoint", "GgufCheckpoint", "Hub", "open_checkpoint"]
 
@@ -19,6 +20,12 @@ def open_checkpoint(name: str, hub: Hub | None = None) -> Checkpoint:
     """
     hub = hub or Hub()
     found = _locate(name, hub)
+    if (found / "adapter_config.json").exists():
+        raise FlapError(
+            f"{name} holds a LoRA adapter (adapter_config.json), which transformers would add to the weights that lie "
+            "there: give the base model, or merge the adapter (peft's merge_and_unload) and give the folder that this "
+            "is saved to; where it is merged already, remove adapter_config.json"
+        )
     # A file's link keeps its name: the hub's cache links to blobs, whose names say nothing.
     stored = (str(found.absolute() if found.is_file() else found.resolve())) if Path(name).exists() else name
     if found.is_file():

@@ -110,6 +110,7 @@ class Checkpoint(ABC):
     @cached_property
     def shape(self) -> ModelShape:
         """Sizes for planning, checked against the tensors. Raises FlapError naming all that do not fit."""
+        self._refuse_quantised()
         sizes = self.family.read_sizes(self.config)
         shape = ModelShape(
             name=self.name,
@@ -123,10 +124,32 @@ class Checkpoint(ABC):
             weights=self._stored_weights(sizes["num_layers"]),
             **sizes,
         )
+        self._refuse_untied()
         if wrong := list(self._misfits(shape)):
             more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
             raise FlapError(f"{self.name}: {'; '.join(wrong[:4])}{more}")
         return shape
+
+    def _refuse_quantised(self) -> None:
+        """Raise FlapError where config.json says that weights are quantised, which every loader would act on."""
+        if quantised := self.config.get("quantization_config"):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            raise FlapError(
+                f"{self.name}: config.json has a quantization_config ({method}), and flap prunes plain weights: give "
+                "the model as it was before quantisation, or remove that key where the weights are plain"
+            )
+
+    def _refuse_untied(self) -> None:
+        """Raise FlapError where head and embedding are stored both, and differ, though config.json ties them."""
+        head, embedding = f"{self.family.head}.weight", f"{self.family.outside_layers[0]}.weight"
+        if not self.config.get("tie_word_embeddings") or not {head, embedding} <= self.stored.keys():
+            return
+        one, other = self.read(head), self.read(embedding)
+        if one.shape != other.shape or not bool((one == other).all()):
+            raise FlapError(
+                f"{self.name}: config.json says that head and embedding are one matrix (tie_word_embeddings), and "
+                f"{head} and {embedding} differ: set tie_word_embeddings to false, or remove the one that is not meant"
+            )
 
     def _stored_weights(self, num_layers: int) -> StoredWeights:
         """Bytes of all tensors that count, as apply writes them by default."""
@@ -156,11 +179,10 @@ class Checkpoint(ABC):
     def _misfits(self, shape: ModelShape) -> Iterator[str]:
         """What is missing, unknown, or of a shape that the configuration does not say."""
         expected = self.expected_shapes(shape)
+        yield from (f"tensor {name} is missing" for name in self._required(shape, expected) if name not in self.tensors)
         for name, want in expected.items():
             spec = self.tensors.get(name)
-            if spec is None and not name.endswith(".bias"):
-                yield f"tensor {name} is missing"
-            elif spec is not None and spec.shape != want:
+            if spec is not None and spec.shape != want:
                 yield f"tensor {name} has shape {list(spec.shape)}, expected {list(want)}"
         layers = [self.family.layer.format(i=i) for i in range(shape.num_layers)]
         whole = {f"{layer}.{part}" for layer in layers for part in self.family.untouched_in_layer}
@@ -168,6 +190,28 @@ class Checkpoint(ABC):
         for name in self.tensors:
             if name not in expected and name.rpartition(".")[0] not in whole:
                 yield f"tensor {name} is not known to family {self.family.name}"
+
+    def _required(self, shape: ModelShape, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+        """Tensors without which a loader would make up its own: all weights, and biases that config.json announces."""
+        family, tied = self.family, bool(self.config.get("tie_word_embeddings"))
+        yield from (f"{part}.weight" for part in family.outside_layers if not (tied and part == family.head))
+        announced = {
+            part
+            for module in MODULES
+            if self.config.get(family.bias_options.get(module, "")) is True
+            for part in (family.module(module).output, *family.module(module).producers)
+        }
+        announced |= set(self.flap.biases if self.flap and self.flap.modules else [])
+        for i in range(shape.num_layers):
+            prefix = family.layer.format(i=i)
+            emptied = [family.module(m).output.rpartition(".")[0] for m in MODULES if shape.units(i, m) == 0]
+            yield from (
+                f"{prefix}.{part}.weight"
+                for part in family.untouched_in_layer
+                if part.rpartition(".")[0] not in emptied
+            )
+            yield from (name for part in announced if (name := f"{prefix}.{part}.bias") in expected)
+        yield from (name for name in expected if name.endswith(".weight"))
 
     def expected_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Shapes of all weights and possible biases of the projections that pruning touches."""

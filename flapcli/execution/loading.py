@@ -1,5 +1,7 @@
 """Checkpoints as transformers models in memory."""
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -26,16 +28,34 @@ def load_model(
     checkpoint.shape  # noqa: B018  refuses a corrupt checkpoint in our words, before transformers does
     try:
         if checkpoint.path.is_file():
-            model = _from_tensors(checkpoint, dtype)
+            model, told = _from_tensors(checkpoint, dtype)
         else:
-            model = _class_of(checkpoint).from_pretrained(
-                checkpoint.path, dtype=dtype, trust_remote_code=checkpoint.hub.trust_remote_code, device_map=device_map
+            model, told = _class_of(checkpoint).from_pretrained(
+                checkpoint.path,
+                dtype=dtype,
+                trust_remote_code=checkpoint.hub.trust_remote_code,
+                device_map=device_map,
+                output_loading_info=True,
             )
-            if device_map:
-                return model.eval()
-        return (_spread(model, device_map) if device_map else model.to(device)).eval()
+        _refuse_gaps(checkpoint, told)
+        if device_map:
+            return (_spread(model, device_map) if checkpoint.path.is_file() else model).eval()
+        return model.to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise FlapError(f"{checkpoint.name}: transformers can't load it: {first_line(error)}") from error
+
+
+def _refuse_gaps(checkpoint: Checkpoint, told: dict[str, Any]) -> None:
+    """Raise FlapError where transformers made weights up, or left some of the checkpoint's out."""
+    left_out = [name for name in told["unexpected_keys"] if name in checkpoint.tensors]
+    for what, names in (
+        ("finds no weights for", told["missing_keys"]),
+        ("finds other shapes for", told["mismatched_keys"]),
+        ("leaves out", left_out),
+    ):
+        if names:
+            listed = ", ".join(str(name) for name in sorted(names, key=str)[:4])
+            raise FlapError(f"{checkpoint.name}: transformers {what} {len(names)} tensors: {listed}")
 
 
 def _spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
@@ -80,10 +100,10 @@ def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     return AutoModelForCausalLM
 
 
-def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """Build from tensors read one by one, for sources that from_pretrained reads slowly (GGUF)."""
+def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Build from tensors read one by one, for sources that from_pretrained reads slowly (GGUF); and what was told."""
     tensors = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     config = checkpoint.load_config()
     config.architectures = [checkpoint.family.architecture]
     architecture = AutoModelForCausalLM._model_mapping[type(config)]
-    return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
