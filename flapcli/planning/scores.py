@@ -83,9 +83,11 @@ def unit_scores(stats: Stats, metric: str, exponent: float, adaptive: bool) -> U
 
 
 def _module_scores(shape: ModelShape, module: Module, scores: Scores, exponent: float, adaptive: bool) -> Scores:
+    by_unit = (-1, shape.channels_per_unit(module))
+    without_effect = ~scores.reshape(by_unit).any(axis=1)
     if module == "attention":
         scores = scores**exponent
-    if adaptive:
-        scores = standardise(scores)
-    per_unit = scores.reshape(-1, shape.channels_per_unit(module))
-    return per_unit.mean(axis=1) if adaptive else per_unit.sum(axis=1)
+    if not adaptive:
+        return scores.reshape(by_unit).sum(axis=1)
+    # Standardised, a unit without effect would be average in a layer where all are (as merged models have them).
+    return np.where(without_effect, -np.inf, standardise(scores).reshape(by_unit).mean(axis=1))

@@ -101,6 +101,7 @@ def score_picture(stats: Stats, plan: Plan) -> Figure | None:
 
 def _histogram(axes: Axes, kept: np.ndarray, gone: np.ndarray) -> None:
     """Stacked, the highest percent of scores gathered in the last bar, counts on a log scale where they need it."""
+    kept, gone = (part[np.isfinite(part)] for part in (kept, gone))  # units without effect score -infinity
     values = np.concatenate([kept, gone])
     if not len(values):
         return

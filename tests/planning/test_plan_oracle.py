@@ -226,6 +226,24 @@ def test_allow_empty_lets_modules_vanish():
     assert 0 in plan.counts("attention") + plan.counts("mlp")
 
 
+@pytest.mark.parametrize("metric", ["IFV", "WIFV", "WIFN", "FISHER"])
+@pytest.mark.parametrize("structure", ["AL-MM", "AL-AM"])
+def test_units_without_effect_go_first(structure, metric):
+    """A layer whose weights and activations are all 0, and half of another's neurons: before anything that acts."""
+    stats, _ = random_stats(4, 3, 1)
+    dead = {(1, "attention"): np.arange(H * D), (1, "mlp"): np.arange(F), (2, "mlp"): np.arange(F // 2)}
+    fields = ("mean", "variance", "square_mean", "weight_square_sum", "weight_abs_mean")
+    for key, channels in dead.items():
+        for name in fields:
+            getattr(stats.modules[key], name)[channels] = 0
+        stats.fisher[key][: max(len(channels) // (H * D // 4 if key[1] == "attention" else 1), 1)] = 0
+    heads = 3 if structure == "AL-MM" else None
+    plan = choose(stats, StatsRef(path="s", sha256="0"), "flap", metric, Request(structure, 0.33, heads), 2.0)
+    assert plan.counts("attention")[1] == plan.counts("mlp")[1] == 1  # a module keeps one without --allow-empty
+    assert plan.kept(2, "mlp").min() >= F // 2
+    assert min(plan.counts("attention")[i] for i in (0, 2, 3)) >= 3
+
+
 @pytest.mark.parametrize("structure", ["UL-UM", "AL-AM"])
 @pytest.mark.parametrize("multiple", [4, 7, 16])
 def test_round_to_keeps_multiples_near_the_ratio(structure, multiple):
