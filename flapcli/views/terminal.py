@@ -11,8 +11,9 @@ from rich.text import Text
 
 from flapcli.progress import Advance
 
-out = Console()
-err = Console(stderr=True)
+# Names of models, files and texts are data, never markup.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 
 def error(message: str) -> None:
@@ -48,7 +49,9 @@ class Bars:
                 return Text(f"{(task.speed or 0) / scale:,.0f} {name}/s")
 
         columns = (
-            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
             Rate(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
         )  # fmt: skip
         with progress.Progress(*columns, console=err, transient=True) as bars:
