@@ -7,7 +7,9 @@ from typing import Any
 
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.artifacts.reuse import Kind
+from flapcli.checkpoints.shards import INDEX
 from flapcli.errors import FlapError
+from flapcli.storage.safetensors_file import read_header
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ def load_pruned(path: Path) -> PrunedFolder:
         kind = config.get("model_type") if isinstance(config, dict) else None
         raise FlapError(f"{path} is a checkpoint that flap did not write (model_type {kind})")
     return PrunedFolder(path, config, flap)
+
+
+def weights_are_whole(folder: PrunedFolder) -> bool:
+    """Whether every weight file that the index names is there in its full length, with the tensors it should hold."""
+    try:
+        index = json.loads((folder.path / INDEX).read_bytes())["weight_map"]
+        headers = {file: read_header(folder.path / file) for file in set(index.values())}
+        return all(name in headers[file].tensors for name, file in index.items())
+    except (FlapError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 PRUNED = Kind(

@@ -43,6 +43,17 @@ class Kind(Generic[T]):
         return found if found is not None and not force and same(found) else None
 
 
+def refuse_other(path: Path, begins: tuple[bytes, ...], kind: str) -> None:
+    """Raise FlapError where a file at `path` does not begin as its `kind` does, so that only its like is replaced."""
+    if path.is_dir() or (path.is_file() and path.stat().st_size and not _start(path).startswith(begins)):
+        raise FlapError(f"{path} exists and is no {kind}: move it away or give another name")
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().lower()
+
+
 def load_json(path: Path, model: type[Model], absent: str) -> Model:
     """Read an artifact of one JSON object. Raises FlapError: `absent` where nothing is there, else what is wrong."""
     try:

@@ -1,6 +1,5 @@
 """The part of stage 1 that computes: where, in which of the two ways, and from which checkpoint on."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -25,7 +24,7 @@ from flapcli.execution.loading import quiet_transformers
 from flapcli.execution.memory import should_stream
 from flapcli.execution.ranks import Ranks
 from flapcli.progress import Progress, Silent
-from flapcli.storage.atomic import explain, require_space
+from flapcli.storage.atomic import explain, move_file, require_space, require_writable
 from flapcli.storage.dtypes import dtype_name
 from flapcli.storage.resume import Resume, discard_all, key_of
 from flapcli.storage.sizes import parse_size
@@ -37,6 +36,9 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
     quiet_transformers()
     checkpoint, options, execution = request.checkpoint, request.options, request.execution
     checkpoint.shape  # noqa: B018  an unknown family or a corrupt checkpoint is refused before any text is asked for
+    checkpoint.refuse_length(options.seqlen)
+    if ranks.rank == 0:
+        require_writable(request.out)
     progress = Silent() if ranks.rank else progress
     runtime = Runtime.of(execution, options.dtype)
     runtime = Runtime(own_gpu(runtime.device), runtime.dtype, runtime.batch_size)
@@ -109,7 +111,7 @@ def _run(request: CalibrationRequest, header: StatsHeader, work: Workload, resum
         if writer:
             with writer:  # checks that all is there
                 pass
-            os.replace(growing, request.out)
+            move_file(growing, request.out)
         return
     measured = measure(work)
     if work.ranks.rank:

@@ -12,7 +12,7 @@ from flapcli.architecture.family import Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.shape import MODULES, ModelShape, Module, StoredWeights
 from flapcli.checkpoints.locate import Hub
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, UsageError
 from flapcli.storage.dtypes import ITEM_SIZE
 from flapcli.storage.safetensors_file import TensorSpec
 
@@ -129,6 +129,14 @@ class Checkpoint(ABC):
             more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
             raise FlapError(f"{self.name}: {'; '.join(wrong[:4])}{more}")
         return shape
+
+    def refuse_length(self, seqlen: int) -> None:
+        """Raise UsageError for windows of more tokens than the model has positions."""
+        limit = self.config.get("max_position_embeddings")
+        if isinstance(limit, int) and seqlen > limit:
+            raise UsageError(
+                f"--seqlen {seqlen}: {self.name} has {limit} positions (max_position_embeddings): lower it"
+            )
 
     def _refuse_quantised(self) -> None:
         """Raise FlapError where config.json says that weights are quantised, which every loader would act on."""

@@ -8,12 +8,14 @@ import torch
 
 from flapcli.architecture.shape import Module
 from flapcli.checkpoints.shards import plan_shards, write_shards
+from flapcli.errors import FlapError
 from flapcli.progress import Progress
 from flapcli.pruning.compensation import Compensation
 from flapcli.pruning.cut import read_output, scatter
 from flapcli.pruning.layout import Copy, Layout, Output, Rows, Step, Zeros, specs_of
 from flapcli.storage.atomic import require_space
-from flapcli.storage.dtypes import torch_dtype
+from flapcli.storage.dtypes import dtype_name, torch_dtype
+from flapcli.storage.safetensors_file import TensorSpec
 
 
 @dataclass
@@ -36,11 +38,22 @@ def write_tensors(
             for step in layout.steps:
                 made = _make(step, layout, compensation, report)
                 for spec, tensor in zip(specs_of(step), made, strict=True):
-                    yield spec.name, tensor.to(torch_dtype(spec.dtype))
+                    yield spec.name, _as_written(tensor, spec)
                     advance(spec.nbytes)
 
         write_shards(folder, plan_shards(layout.specs, shard_size), tensors())
     return report
+
+
+def _as_written(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The tensor in the dtype that it is written in. Raises FlapError where that can't hold its values."""
+    made = tensor.to(torch_dtype(spec.dtype))
+    if made.dtype != tensor.dtype and not torch.isfinite(made).all() and torch.isfinite(tensor).all():
+        raise FlapError(
+            f"tensor {spec.name} has values beyond {dtype_name(made.dtype)}: write it in another type (--dtype, or "
+            "--store-dtype of run)"
+        )
+    return made
 
 
 def _make(step: Step, layout: Layout, compensation: Compensation, report: FitReport) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flapcli import __version__
 from flapcli.architecture.flap_section import MadeBy, SourceModel
 from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
-from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, load_pruned
+from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, load_pruned, weights_are_whole
 from flapcli.artifacts.stats import Stats, load_header, load_stats
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError
@@ -64,7 +64,9 @@ def apply(
         stats_sha256=plan.stats.sha256,
         **asdict(options),
     )
-    if found := PRUNED.current(out, lambda folder: folder.flap.made_by.same_as(made_by), force):
+    if found := PRUNED.current(
+        out, lambda found: found.flap.made_by.same_as(made_by) and weights_are_whole(found), force
+    ):
         return found, True
     stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None
     if stats and options.compensate == "lstsq" and not stats.header.settings.get("gram"):

@@ -14,13 +14,16 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `target`; it takes the target's place only on success.
+    """Yield a temporary sibling of `target`; it takes the target's place, flushed to disk, only on success.
 
-    Raises FlapError where the file system refuses (full disk, no permission); the old file stays.
+    Raises FlapError where the file system refuses (full disk, no permission); the old file stays. A link stays too,
+    and what it points to is replaced.
     """
+    target = target.resolve() if target.is_symlink() else target
     scratch = _scratch(target)
     try:
         yield scratch
+        _flush(scratch)
         os.replace(scratch, target)
     except OSError as error:
         raise explain(error, target) from error
@@ -31,7 +34,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder; it takes the target's place only on success.
+    """Yield a temporary sibling folder; it takes the target's place, flushed to disk, only on success.
 
     Raises FlapError where the file system refuses (full disk, no permission); the old folder stays. A link stays
     too, and what it points to is replaced.
@@ -42,11 +45,47 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         scratch.mkdir()
         yield scratch
+        for path in scratch.rglob("*"):
+            _flush(path)
         _swap(scratch, target)
     except OSError as error:
         raise explain(error, target) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_writable(target: Path) -> None:
+    """Raise FlapError where no file can be made beside `target`: before the work whose result it is for."""
+    there = next(folder for folder in target.absolute().parents if folder.exists())
+    scratch = _scratch(target).absolute()
+    try:
+        scratch.touch()
+        scratch.unlink()
+        for folder in scratch.parents:  # those that were made for this alone
+            if folder == there:
+                break
+            folder.rmdir()
+    except OSError as error:
+        raise explain(error, target) from error
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Give a whole file the name `target`; where that is a link, what it points to is replaced, on its own disk."""
+    target = target.resolve() if target.is_symlink() else target
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with atomic_file(target) as scratch:
+            shutil.copyfile(source, scratch)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's bytes on disk before it gets its name, so that a power cut leaves no empty file in its place."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _swap(scratch: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from flapcli import __version__
 from flapcli.artifacts.eval_report import EvalReport, load_report
 from flapcli.artifacts.plan import Plan, load_plan
 from flapcli.artifacts.pruned_folder import found_pruned
+from flapcli.artifacts.reuse import refuse_other
 from flapcli.artifacts.run_dir import RunDir
 from flapcli.artifacts.stats import Stats, load_stats
 from flapcli.errors import FlapError
@@ -25,6 +26,7 @@ def write_page(run_dir: Path, out: Path, others: list[Path]) -> None:
 
     Raises FlapError where the folder holds neither plan nor evaluation, or an artifact is broken.
     """
+    refuse_other(out, (b"<!doctype html",), "page of flap's")
     run = RunDir(run_dir)
     stats = load_stats(run.stats) if run.stats.exists() else None
     plan = load_plan(run.plan) if run.plan.exists() else None

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from flapcli.architecture.shape import MODULES, Module
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
+from flapcli.artifacts.reuse import refuse_other
 from flapcli.artifacts.run_dir import RunDir
 from flapcli.artifacts.stats import Stats
 from flapcli.artifacts.sweep_results import Sweep
@@ -181,6 +182,7 @@ def save_picture(source: Path, target: Path) -> None:
     existing = next((path for path in found if path.suffix in (".yaml", ".yml") and path.exists()), None)
     if existing is None:
         raise FlapError(f"{source} holds no plan to draw: run `flap plan` first")
+    refuse_other(target, (b"\x89png",) if kind == "png" else (b"<?xml", b"<svg"), f".{kind} picture")
     with rc_context(STYLE), atomic_file(target) as scratch:
         kept_picture(load_plan(existing)).savefig(scratch, format=kind, dpi=160)
 
