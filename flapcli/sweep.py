@@ -12,7 +12,7 @@ from flapcli.artifacts.sweep_results import SWEEP, Figures, Row, Sweep, save_swe
 from flapcli.artifacts.versions import versions
 from flapcli.calibration.stage import calibrate
 from flapcli.checkpoints import DEMO, Hub
-from flapcli.evaluation.stage import calibration_text, check_options, evaluate
+from flapcli.evaluation.stage import calibration_text, check_options, evaluate, known_tasks
 from flapcli.evaluation.task_names import task_files_sha256
 from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions
 from flapcli.planning.methods import checked
@@ -125,6 +125,7 @@ def sweep(
     checked(replace(options.plan, ratio=options.ratios[0]))
     options.apply.check()
     check_options(options.evaluate, execution)
+    known_tasks(options.evaluate, None)
     header, _ = calibrate(model, run.stats, options.calibrate, hub, execution, force, progress)
     texts = options.evaluate.perplexity
     texts = texts or (calibration_text(header.calibration.dataset, default_text(model), progress),)

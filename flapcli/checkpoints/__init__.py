@@ -13,12 +13,14 @@ from flapcli.errors import FlapError
 __all__ = ["DEMO", "Checkpoint", "GgufCheckpoint", "Hub", "open_checkpoint"]
 
 
-def open_checkpoint(name: str, hub: Hub | None = None) -> Checkpoint:
-    """Open a MODEL: a folder, a `.gguf` file, a hub id or `demo`.
+def open_checkpoint(name: str | Path, hub: Hub | None = None) -> Checkpoint:
+    """Open a MODEL: a folder, a `.gguf` file, a hub id or `demo`; a Path is no hub id, whatever it looks like.
 
     Raises FlapError where it can't be found or reached, is of no known family, or is corrupt.
     """
-    hub = hub or Hub()
+    if isinstance(name, Path) and not name.exists():
+        raise FlapError(f"no checkpoint at {name}: `flap apply` writes one to DIR/pruned; or give another by its path")
+    name, hub = str(name), hub or Hub()
     found = _locate(name, hub)
     if (found / "adapter_config.json").exists():
         raise FlapError(

@@ -37,7 +37,8 @@ def locate(name: str, hub: Hub) -> Path:
         raise FlapError(f"{name} is a file but no .gguf; give a checkpoint folder, a .gguf file or a hub id")
     if path.exists():
         return path
-    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    nested = name.count("/") > 1 or (path.parent != Path() and path.parent.exists())
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or nested:
         raise FlapError(f"no such model: {name} is neither a checkpoint folder nor a .gguf file")
     return download(name, hub)
 

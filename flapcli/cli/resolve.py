@@ -6,7 +6,7 @@ from flapcli.architecture.flap_section import adds_bias
 from flapcli.checkpoints import DEMO, Hub
 from flapcli.cli import options as o
 from flapcli.cli.presets import preset_of
-from flapcli.errors import only_with
+from flapcli.errors import UsageError, only_with
 from flapcli.evaluation.stage import check_options
 from flapcli.evaluation.task_names import expand
 from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions, SpeedOptions
@@ -65,6 +65,8 @@ def resolve(asked: Asked) -> Stages:
     chosen = preset_of(asked.preset, asked.units.method)
     given, units, amount = asked.compensation, asked.units, asked.amount
     compensate, bias, sequential = chosen.compensation(given.compensate, given.bias, given.sequential)
+    if given.bias and compensate == "none":
+        raise UsageError("--bias is for --compensate lstsq, which has them by default; --compensate none adds none")
     metric, structure = units.metric or chosen.metric, units.structure or chosen.structure
     gram, fisher = needed(metric, compensate, asked.calibration.gram, asked.calibration.fisher)
     if not asked.lean:

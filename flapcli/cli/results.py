@@ -77,7 +77,7 @@ def generate(
     options = GenerateOptions(
         asked.max_new_tokens, asked.sample, asked.seed, asked.temperature or 1.0, asked.chat, dtype, asked.baseline
     )
-    name, how = checkpoint or str(run_dir / "pruned"), Execution(device, threads=threads)
+    name, how = checkpoint or run_dir / "pruned", Execution(device, threads=threads)
     said = continued(prompt, name, options, model, hub_of(hub), how, terminal.Bars())
     terminal.data({"prompt": prompt, **said}) if as_json else show_texts(said)
 
@@ -102,7 +102,7 @@ def export(
     from flapcli.cli.resolve import hub_of
     from flapcli.export.stage import export_gguf
 
-    path, name = out or run_dir / "pruned.gguf", checkpoint or str(run_dir / "pruned")
+    path, name = out or run_dir / "pruned.gguf", checkpoint or run_dir / "pruned"
     exported, cached = export_gguf(name, path, outtype, hub_of(hub), force, terminal.Bars())
     tell(path, exported, cached, as_json)
 

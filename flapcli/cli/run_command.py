@@ -37,7 +37,10 @@ def run(
     as_json: o.Json = False,
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
+    from flapcli.artifacts.eval_report import EVAL
+    from flapcli.artifacts.run_dir import RunDir
     from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+    from flapcli.evaluation.stage import known_tasks
     from flapcli.execution.processes import refuse_several_processes
     from flapcli.execution.settings import SpeedOptions
     from flapcli.views.contents import data_of, inspect
@@ -51,6 +54,7 @@ def run(
     stages.check(how)
     if stages.plan.target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
+    known_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval))
     failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
     if as_json:
         terminal.data(data_of(inspect(run_dir)))

@@ -128,7 +128,7 @@ def eval_(
         windows=windows, evaluation=evaluation, eval_dtype=dtype, num_fewshot=num_fewshot,
         speed=speed_of(speed, timing, threads),
     )  # fmt: skip
-    path, name = out or run_dir / "eval.json", checkpoint or str(run_dir / "pruned")
+    path, name = out or run_dir / "eval.json", checkpoint or run_dir / "pruned"
     how = execution_of(execution, stream, threads, cache_requests)
     options = resolve(asked).evaluate
     report, cached = stage.evaluate(name, path, options, model, hub_of(hub), how, force, terminal.Bars())

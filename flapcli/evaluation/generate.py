@@ -1,6 +1,7 @@
 """`flap generate`: what the dense and the pruned model say to a prompt. Nothing is cached."""
 
 import gc
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -16,7 +17,7 @@ from flapcli.progress import Progress, Silent
 
 def generate(
     prompt: str,
-    checkpoint_name: str,
+    checkpoint_name: str | Path,
     options: GenerateOptions = GenerateOptions(),
     model: str | None = None,
     hub: Hub = Hub(),

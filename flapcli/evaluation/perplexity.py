@@ -33,16 +33,16 @@ def window_losses(
     Every window is read on its own. Cross entropy in float32, summed in float64. Raises FlapError where it is
     not finite.
     """
-    losses: list[torch.Tensor] = []
+    sums = np.empty(len(windows))
 
     def step(part: slice) -> None:
         ids = torch.from_numpy(windows[part]).to(model.device)
-        losses.extend(losses_of(model(input_ids=ids, use_cache=False).logits, ids))
+        sums[part] = loss_sums(model(input_ids=ids, use_cache=False).logits, ids)
 
     batches = Batches(windows.shape[1], model.device, batch_size, progress)
     with torch.inference_mode(), progress.task(description, windows.size, "tokens") as advance:
         batches.run(len(windows), step, advance)
-    return mean_losses(losses, windows, description)
+    return mean_losses(sums, windows, description)
 
 
 def streamed_losses(
@@ -55,7 +55,7 @@ def streamed_losses(
     layerwise = LayerwiseModel(checkpoint, windows, runtime, progress)
     device, num_layers = runtime.device, checkpoint.shape.num_layers
     hidden = torch.empty(*windows.shape, checkpoint.shape.hidden_size, dtype=runtime.dtype)
-    losses: list[torch.Tensor] = []
+    sums = np.empty(len(windows))
 
     def keep(part: slice, states: torch.Tensor) -> None:
         hidden[part] = states.cpu()
@@ -64,7 +64,7 @@ def streamed_losses(
         keep(part, forward(hidden[part].to(device)))
 
     def read(part: slice, logits: Forward) -> None:
-        losses.extend(losses_of(logits(hidden[part].to(device)), layerwise.tokens(part).to(device)))
+        sums[part] = loss_sums(logits(hidden[part].to(device)), layerwise.tokens(part).to(device))
 
     total = windows.size * (num_layers + 2)
     with torch.inference_mode(), progress.task(description, total, "tokens x layers") as advance:
@@ -72,23 +72,24 @@ def streamed_losses(
         for layer in layerwise.layers(range(num_layers)):
             layerwise.run(layer, through, advance)
         layerwise.head(read, advance)
-    return mean_losses(losses, windows, description)
+    return mean_losses(sums, windows, description)
 
 
-def losses_of(logits: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+def loss_sums(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
     """Summed cross entropy of each window of a batch; `logits` (batch, seqlen, vocab_size), `ids` (batch, seqlen).
 
-    Window by window: a float32 copy of all logits would be the largest tensor of the run.
+    Window by window: a float32 copy of all logits would be the largest tensor of the run. Numbers and not tensors,
+    which would lie between the large ones that are freed, and which not every device has in float64.
     """
     return [
-        cross_entropy(row[:-1].float(), tokens[1:], reduction="sum").double().cpu()
+        float(cross_entropy(row[:-1].float(), tokens[1:], reduction="sum"))
         for row, tokens in zip(logits, ids, strict=True)
     ]
 
 
-def mean_losses(sums: list[torch.Tensor], windows: NDArray[np.int64], description: str) -> NDArray[np.float64]:
+def mean_losses(sums: NDArray[np.float64], windows: NDArray[np.int64], description: str) -> NDArray[np.float64]:
     """Mean loss of each window from its sum. Raises FlapError where one is not finite."""
-    means = torch.stack(sums).numpy() / (windows.shape[1] - 1)
+    means = sums / (windows.shape[1] - 1)
     if not np.isfinite(means).all():
         raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
     return means

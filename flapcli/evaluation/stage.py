@@ -18,6 +18,7 @@ from flapcli.errors import FlapError, UsageError
 from flapcli.evaluation.task_names import check_names, task_files_sha256, task_manager
 from flapcli.execution.settings import EvalOptions, Execution, SpeedOptions
 from flapcli.progress import Progress, Silent
+from flapcli.storage.atomic import require_writable
 from flapcli.texts.corpus import NAMED, check_source, default_text, source_sha256
 from flapcli.texts.mixture import SELF, Mixture
 
@@ -44,24 +45,26 @@ def evaluate(
     And whether they were there; a report in which tasks failed is never up to date, so the next call tries them
     again. Raises UsageError for options that don't go together, FlapError where model or text can't be had.
     """
-    name = str(checkpoint_name)
     check_options(options, execution)
     found = EVAL.find(out)
-    manager = _checked_tasks(options, found)
-    checkpoint = open_measured(name, hub)
+    manager = known_tasks(options, found)
+    checkpoint = open_measured(checkpoint_name, hub)
     options = replace(options, perplexity=options.perplexity or (_default_perplexity(checkpoint, progress),))
     dense = dense_of(checkpoint.made_by, model, hub) if options.baseline else None
     models = {"pruned": checkpoint, "dense": dense} if dense else {"model": checkpoint}
     settings = _settings(options, models, execution.device)
     if found and not force and found.settings == settings and not found.all_failures:
         return found, True
+    for each in models.values():
+        each.refuse_length(options.seqlen)
+    require_writable(out)
     measured, speedup = _measure(models, options, execution, manager, force, progress)
     report = EvalReport(
         **measured[0].model_dump(), baseline=measured[1] if dense else None, speedup=speedup, settings=settings,
         versions=versions(),
     )  # fmt: skip
     save_report(out, report)
-    if checkpoint.flap and Path(name).exists():  # and not a copy in the hub's cache
+    if checkpoint.flap and Path(checkpoint_name).exists():  # and not a copy in the hub's cache
         try:
             renew_card(PrunedFolder(checkpoint.path, checkpoint.config, checkpoint.flap), report)
         except FlapError as error:
@@ -91,8 +94,11 @@ def _settings(options: EvalOptions, models: dict[str, Checkpoint], device: str) 
     }
 
 
-def _checked_tasks(options: EvalOptions, found: EvalReport | None) -> "TaskManager | None":
-    """lm-eval's index, once it knows every task's name; None where the report shows that it does."""
+def known_tasks(options: EvalOptions, found: EvalReport | None) -> "TaskManager | None":
+    """lm-eval's index, once it knows every task's name; None where the report shows that it does.
+
+    Raises UsageError for names that it does not know.
+    """
     if not options.tasks or (found and found.settings.get("tasks") == list(options.tasks)):
         return None
     manager = task_manager(options.tasks, options.include_path)
@@ -179,7 +185,7 @@ def calibration_text(dataset: str, default: str, progress: Progress) -> str:
     return text
 
 
-def open_measured(name: str, hub: Hub) -> Checkpoint:
+def open_measured(name: str | Path, hub: Hub) -> Checkpoint:
     """The checkpoint to measure; --revision and --cache-dir are its own on the hub, a folder's dense model's."""
     return open_checkpoint(name, Hub(trust_remote_code=hub.trust_remote_code) if Path(name).exists() else hub)
 

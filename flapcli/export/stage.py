@@ -65,7 +65,12 @@ GGUF = Kind(_load, lambda _path: False, "exists and flap did not write it: move 
 
 
 def export_gguf(
-    name: str, out: Path, outtype: str = "f16", hub: Hub = Hub(), force: bool = False, progress: Progress = Silent()
+    name: str | Path,
+    out: Path,
+    outtype: str = "f16",
+    hub: Hub = Hub(),
+    force: bool = False,
+    progress: Progress = Silent(),
 ) -> tuple[ExportedGguf, bool]:
     """The GGUF of a checkpoint in `out`, and an Ollama Modelfile beside it; and whether both were there."""
     checkpoint = open_checkpoint(name, hub)

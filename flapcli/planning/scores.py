@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flapcli.architecture.shape import ModelShape, Module
 from flapcli.artifacts.stats import ModuleStats, Stats
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, UsageError
 
 ELIMINATION_WEIGHT = 2.0  # of a head's elimination beside a neuron's Fisher information (METHOD.md, Elimination)
 
@@ -86,7 +86,10 @@ def _module_scores(shape: ModelShape, module: Module, scores: Scores, exponent: 
     by_unit = (-1, shape.channels_per_unit(module))
     without_effect = ~scores.reshape(by_unit).any(axis=1)
     if module == "attention":
-        scores = scores**exponent
+        with np.errstate(over="ignore"):
+            scores = scores**exponent
+    if not np.isfinite(scores).all():
+        raise UsageError(f"--attention-exponent {exponent}: scores become larger than any number; give a smaller one")
     if not adaptive:
         return scores.reshape(by_unit).sum(axis=1)
     # Standardised, a unit without effect would be average in a layer where all are (as merged models have them).

@@ -10,6 +10,8 @@ from flapcli.planning.methods import checked, choose
 from flapcli.progress import Progress, Silent
 from flapcli.storage.hashing import sha256
 
+SHORT = 0.005  # of the ratio asked for: past it a plan that achieves less says so
+
 __all__ = ["PlanOptions", "plan"]
 
 
@@ -36,6 +38,12 @@ def plan(
     found = found_plan(out, force)
     if found and not force and _asked_of(found) == _asked_of(made):
         return found, True
+    short = made.ratio.requested - made.ratio.achieved
+    if short > SHORT and made.structure.startswith("UL"):
+        progress.note(
+            f"only {made.ratio.achieved:.2%} of the prunable weights go, where {made.ratio.requested:.2%} is asked: "
+            f"structure {made.structure} cuts whole units in every layer and rounds down"
+        )
     save_plan(out, made)
     return made, False
 
