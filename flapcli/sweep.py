@@ -127,8 +127,8 @@ def sweep(
     check_options(options.evaluate, execution)
     known_tasks(options.evaluate, None)
     header, _ = calibrate(model, run.stats, options.calibrate, hub, execution, force, progress)
-    texts = options.evaluate.perplexity
-    texts = texts or (calibration_text(header.calibration.dataset, default_text(model), progress),)
+    texts, read = options.evaluate.perplexity, header.calibration
+    texts = texts or (calibration_text(read.dataset, read.source_sha256, default_text(model), progress),)
     evaluation = replace(options.evaluate, perplexity=texts, baseline=False)
     job = _Job(run, model, hub, replace(options, evaluate=evaluation), execution, force, progress)
     plans = {ratio: job.plan(ratio) for ratio in options.ratios}

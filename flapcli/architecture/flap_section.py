@@ -31,7 +31,7 @@ class SourceModel(Record):
 class MadeBy(Record):
     """What a pruned folder was made from and how; defaults are what folders of older versions stand for.
 
-    `license` and `dataset` are for the model card and for `flap eval`; nothing else depends on them.
+    `license`, `dataset` and `dataset_sha256` are for the model card and for `flap eval`; nothing else depends on them.
     """
 
     version: str
@@ -48,10 +48,11 @@ class MadeBy(Record):
     sequential: bool = False
     license: str | None = None
     dataset: str | None = None
+    dataset_sha256: str | None = None
 
     def same_as(self, other: Self) -> bool:
         """Whether both stand for the same folder, whichever version wrote it."""
-        aside = {"version", "license", "dataset"}
+        aside = {"version", "license", "dataset", "dataset_sha256"}
         return self.model_dump(exclude=aside) == other.model_dump(exclude=aside)
 
 

@@ -66,6 +66,11 @@ def _hub_id(name: str) -> str | None:
     return None if Path(name).is_absolute() else name
 
 
+def _shared_name(dataset: str | None) -> str:
+    """A calibration's texts without the folders of somebody's machine."""
+    return "+".join(Path(part).name for part in (dataset or "unknown").split("+"))
+
+
 def _summary(plan: Plan, made_by: MadeBy) -> str:
     shown = _hub_id(made_by.model.name) or Path(made_by.model.name).name
     how = "zeroed in place, shapes unchanged" if made_by.mask_only else "cut out"
@@ -85,7 +90,7 @@ def _table(plan: Plan, flap: FlapSection) -> str:
         "method, metric, structure": f"{plan.method}, {plan.metric}, {plan.structure}",
         "ratio asked, achieved": f"{plan.ratio.requested}, {plan.ratio.achieved}",
         "compensation": made_by.compensate + (", sequential" if made_by.sequential else ""),
-        "calibration text": made_by.dataset or "unknown",
+        "calibration text": _shared_name(made_by.dataset),
         "parameters before": f"{p.model:,}",
         "parameters after": f"{after:,}",
         "biases added": ", ".join(flap.biases) or "none",

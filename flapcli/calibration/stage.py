@@ -39,6 +39,7 @@ def calibrate(
     options = replace(options, dataset=options.dataset or default_text(model))
     mixture = Mixture.read(str(options.dataset))
     _check(options, execution, mixture)
+    options = replace(options, dataset=mixture.absolute().name)
     with _several_ranks(execution.rank_timeout) as ranks:
         request = CalibrationRequest(out, open_checkpoint(model, hub), options, execution)
         request.text_sha256  # noqa: B018  a text that can't be read is told before what lies at `out` is looked at

@@ -163,11 +163,13 @@ def _default_perplexity(checkpoint: Checkpoint, progress: Progress) -> str:
     """The text that the checkpoint was calibrated on, its test part where it has one."""
     made_by = checkpoint.made_by
     default = default_text(made_by.model.name if made_by else checkpoint.name)
-    return calibration_text((made_by and made_by.dataset) or default, default, progress)
+    if made_by is None or made_by.dataset is None:
+        return calibration_text(default, None, default, progress)
+    return calibration_text(made_by.dataset, made_by.dataset_sha256, default, progress)
 
 
-def calibration_text(dataset: str, default: str, progress: Progress) -> str:
-    """Of the calibration's texts the first there is, to read perplexity on; warns where it is the very same text.
+def calibration_text(dataset: str, digest: str | None, default: str, progress: Progress) -> str:
+    """Of the calibration's texts, with their hash, the first there is, to read perplexity on; says where it is a file.
 
     Never text that the model wrote itself: that is what it can predict best, and no measure.
     """
@@ -181,8 +183,18 @@ def calibration_text(dataset: str, default: str, progress: Progress) -> str:
         progress.note(
             f"reading perplexity on {text}, the very text of the calibration: it flatters the pruned model; "
             "give another one by --perplexity"
+            if digest is None or _sha256(dataset) == digest
+            else f"reading perplexity on {text}, which is not what it was at the calibration"
         )
     return text
+
+
+def _sha256(dataset: str) -> str | None:
+    """Hash of a calibration's texts as they are now; None where one of them is gone."""
+    try:
+        return Mixture.read(dataset).sha256()
+    except FlapError:
+        return None
 
 
 def open_measured(name: str | Path, hub: Hub) -> Checkpoint:

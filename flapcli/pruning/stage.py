@@ -3,7 +3,7 @@
 Imports torch only to compute.
 """
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,8 +71,11 @@ def apply(
     stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None
     if stats and options.compensate == "lstsq" and not stats.header.settings.get("gram"):
         raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
-    dataset = stats.header.calibration.dataset if stats else _dataset_of(stats_path)
-    made_by = made_by.model_copy(update={"license": checkpoint.license, "dataset": dataset})
+    text = {"dataset": None, "dataset_sha256": None}  # which only a default of `flap eval` depends on
+    with suppress(FlapError):
+        read = (stats.header if stats else load_header(stats_path)).calibration
+        text = {"dataset": read.dataset, "dataset_sha256": read.source_sha256}
+    made_by = made_by.model_copy(update={"license": checkpoint.license} | text)
     work = _Work(checkpoint, plan, stats, stats_path, options, execution)
     _write_folder(out, work, made_by, progress)
     return load_pruned(out), False
@@ -176,10 +179,3 @@ def _stats_of(plan: Plan, plan_path: Path, stats_path: Path) -> Stats:
             f"({found[:12]}): run `flap plan` again, or give its --stats"
         )
     return stats
-
-
-def _dataset_of(stats_path: Path) -> str | None:
-    try:
-        return load_header(stats_path).calibration.dataset
-    except FlapError:
-        return None  # only a default of `flap eval` depends on it

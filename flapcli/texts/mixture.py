@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import isfile  # which is False, where Path.is_file raises, for what is too long to be a name
+from pathlib import Path
 
 from flapcli.errors import UsageError
 from flapcli.texts.corpus import NAMED, check_source, source_sha256
@@ -36,6 +37,16 @@ class Mixture:
         if len(self.sources) == 1:
             return list(self.sources)
         return [f"{source}:{weight:g}" for source, weight in zip(self.sources, self.weights, strict=True)]
+
+    def absolute(self) -> "Mixture":
+        """The same texts by names that hold in every folder: a file by its absolute path."""
+        sources = (source if source in (*NAMED, SELF) else str(Path(source).absolute()) for source in self.sources)
+        return Mixture(tuple(sources), self.weights)
+
+    @property
+    def name(self) -> str:
+        """One name for all, which `read` reads."""
+        return "+".join(self.named)
 
     def counts(self, nsamples: int) -> list[int]:
         """Windows of each source, by largest remainder (the first named wins a tie); they sum to `nsamples`.
@@ -79,7 +90,7 @@ def combined(named: Sequence[str]) -> str:
         raise UsageError(f"--dataset {twice} is given twice: give it once, with a larger weight")
     if len(sources) == 1:
         return sources[0]
-    return "+".join(Mixture(sources, tuple(float(f"{w / sum(weights):.6g}") for w in weights)).named)
+    return Mixture(sources, tuple(float(f"{w / sum(weights):.6g}") for w in weights)).name
 
 
 def _source_and_weight(value: str) -> tuple[str, float]:
