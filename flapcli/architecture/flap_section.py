@@ -71,7 +71,8 @@ class FlapSection(Record):
 
     `parameters` is None in folders of older versions, `source_layers` where all layers were written, `output_error`
     (per layer: share of the output's variance lost with the pruned channels' mean, and with least squares) without
-    least squares, `modules` in a stock checkpoint, which needs no modeling_flap.py.
+    least squares, `modules` in a stock checkpoint, which needs no modeling_flap.py. `files` are the sizes in bytes of
+    what else was written into the folder, by which a user's files there are told; None in folders of older versions.
     """
 
     format: Literal["flap-checkpoint/1"] = FORMAT
@@ -83,6 +84,7 @@ class FlapSection(Record):
     source_layers: list[int] | None = None
     output_error: dict[Module, list[tuple[float, float] | None]] | None = None
     modules: list[ModuleLayout] | None = None
+    files: dict[str, int] | None = None
     made_by: MadeBy
 
     @classmethod

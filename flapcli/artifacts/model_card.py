@@ -10,18 +10,16 @@ from flapcli.architecture.family import Family, GgufExport, families
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
-from flapcli.artifacts.pruned_folder import PrunedFolder
+from flapcli.artifacts.pruned_folder import CARD_MARK, PrunedFolder, is_own_card
 from flapcli.checkpoints.locate import DEMO, DEMO_HUB_ID
 from flapcli.errors import FlapError
 from flapcli.storage.atomic import atomic_file
-
-MARK = "<!-- Written by flap, and anew by `flap eval`; remove this line to keep text of your own. -->"
 
 
 def renew_card(folder: PrunedFolder, report: EvalReport) -> None:
     """Put measured perplexities into the card of a pruned folder, unless its owner took the card over."""
     path = folder.path / "README.md"
-    if path.exists() and MARK in path.read_text(encoding="utf-8"):
+    if is_own_card(path):
         card = model_card(folder.config, load_plan(folder.path / "plan.yaml"), report)
         with atomic_file(path) as scratch:
             scratch.write_text(card, encoding="utf-8")
@@ -38,7 +36,7 @@ def model_card(config: Mapping[str, Any], plan: Plan, report: EvalReport | None)
     made_by = flap.made_by
     sections = [
         f"---\n{yaml.safe_dump(_metadata(made_by), sort_keys=False)}---",
-        MARK,
+        CARD_MARK,
         f"# {Path(made_by.model.name).name.removesuffix('.gguf')}, pruned by flap",
         _summary(plan, made_by),
         _table(plan, flap),

@@ -8,8 +8,10 @@ from typing import Any
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.artifacts.reuse import Kind
 from flapcli.checkpoints.shards import INDEX
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, UsageError
 from flapcli.storage.safetensors_file import read_header
+
+CARD_MARK = "<!-- Written by flap, and anew by `flap eval`; remove this line to keep text of your own. -->"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,58 @@ def weights_are_whole(folder: PrunedFolder) -> bool:
         return all(name in headers[file].tensors for name, file in index.items())
     except (FlapError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder but its config.json, by relative name."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in sizes.items() if name != "config.json"}
+
+
+def users_files(folder: PrunedFolder) -> list[str]:
+    """Files of a pruned folder that are the user's: not on its own list, of another size, or newer than config.json.
+
+    Not its model card, which `flap eval` renews, and not weights that are broken. Empty for folders without a list.
+    """
+    listed = folder.flap.files
+    if listed is None:
+        return []
+    written = (folder.path / "config.json").stat().st_mtime_ns
+
+    def is_users(name: str, size: int) -> bool:
+        path = folder.path / name
+        if size == listed.get(name) and path.stat().st_mtime_ns <= written:
+            return False
+        return not (is_own_card(path) if name == "README.md" else name in listed and _is_broken(path))
+
+    return [name for name, size in file_sizes(folder.path).items() if is_users(name, size)]
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a README.md is the model card that flap wrote, and its owner left to it."""
+    try:
+        return CARD_MARK in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _is_broken(weights: Path) -> bool:
+    """Whether a file is safetensors that was cut short or scrambled, or an index that names no tensors."""
+    try:
+        if weights.suffix == ".safetensors":
+            read_header(weights)
+        elif weights.name == INDEX:
+            return not json.loads(weights.read_bytes())["weight_map"]
+    except (FlapError, OSError, ValueError, KeyError, TypeError):
+        return True
+    return False
+
+
+def check_not_source(out: Path, model: Path | str) -> None:
+    """Raise UsageError where a model would be pruned into its own folder."""
+    if out.exists() and Path(model).exists() and out.resolve() == Path(model).resolve():
+        raise UsageError(f"{out} is the model itself, which its pruned child would replace: give another --out or -d")
 
 
 PRUNED = Kind(

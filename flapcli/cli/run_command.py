@@ -38,6 +38,7 @@ def run(
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
     from flapcli.artifacts.eval_report import EVAL
+    from flapcli.artifacts.pruned_folder import check_not_source
     from flapcli.artifacts.run_dir import RunDir
     from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
     from flapcli.evaluation.stage import known_tasks
@@ -54,6 +55,7 @@ def run(
     stages.check(how)
     if stages.plan.target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
+    check_not_source(RunDir(run_dir).pruned, model)
     known_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval))
     failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
     if as_json:

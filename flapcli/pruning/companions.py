@@ -12,6 +12,7 @@ from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
 from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module
 from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
+from flapcli.artifacts.pruned_folder import file_sizes
 from flapcli.checkpoints import Checkpoint
 from flapcli.pruning.layout import Layout
 from flapcli.pruning.slicing import FitReport
@@ -27,13 +28,14 @@ COMPANIONS = [
 def write_companions(folder: Path, layout: Layout, made_by: MadeBy, report: FitReport) -> None:
     """Write everything but weights into `folder`; `report` is what fitting the weights said."""
     section = _section(layout, made_by, report)
-    config = _config(layout, section)
     if layout.stock is None:
         shutil.copyfile(modeling_flap.__file__, folder / MODELING)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_plan(folder / "plan.yaml", layout.plan)
     _write_tokenizer(folder, layout.checkpoint)
-    (folder / "README.md").write_text(model_card(config, layout.plan, None), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(_config(layout, section), layout.plan, None), encoding="utf-8")
+    # The last, for what is newer than config.json is the user's.
+    config = _config(layout, section.model_copy(update={"files": file_sizes(folder)}))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:

@@ -11,13 +11,21 @@ from typing import TYPE_CHECKING
 from flapcli import __version__
 from flapcli.architecture.flap_section import MadeBy, SourceModel
 from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
-from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, load_pruned, weights_are_whole
+from flapcli.artifacts.pruned_folder import (
+    PRUNED,
+    PrunedFolder,
+    check_not_source,
+    found_pruned,
+    load_pruned,
+    users_files,
+    weights_are_whole,
+)
 from flapcli.artifacts.stats import Stats, load_header, load_stats
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.settings import RIDGES, ApplyOptions, Execution
 from flapcli.progress import Progress, Silent
-from flapcli.storage.atomic import atomic_folder
+from flapcli.storage.atomic import atomic_folder, free_name
 from flapcli.storage.hashing import sha256
 
 if TYPE_CHECKING:
@@ -56,6 +64,7 @@ def apply(
     stats_path = inputs.stats or plan_path.parent / plan.stats.path
     hub = replace(inputs.hub, revision=inputs.hub.revision or plan.model.revision)
     checkpoint = open_checkpoint(inputs.model or plan.model.name, hub)
+    check_not_source(out, checkpoint.path)
     check_belongs(plan, checkpoint.shape, plan_path)
     made_by = MadeBy(
         version=__version__,
@@ -68,17 +77,36 @@ def apply(
         out, lambda found: found.flap.made_by.same_as(made_by) and weights_are_whole(found), force
     ):
         return found, True
+    keep_old = _keeps_old(out, force, progress)
     stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None
     if stats and options.compensate == "lstsq" and not stats.header.settings.get("gram"):
         raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
-    text = {"dataset": None, "dataset_sha256": None}  # which only a default of `flap eval` depends on
+    text: dict[str, str | None] = {
+        "dataset": None,
+        "dataset_sha256": None,
+    }  # which only a default of `flap eval` depends on
     with suppress(FlapError):
         read = (stats.header if stats else load_header(stats_path)).calibration
         text = {"dataset": read.dataset, "dataset_sha256": read.source_sha256}
     made_by = made_by.model_copy(update={"license": checkpoint.license} | text)
     work = _Work(checkpoint, plan, stats, stats_path, options, execution)
-    _write_folder(out, work, made_by, progress)
+    _write_folder(out, work, made_by, keep_old, progress)
     return load_pruned(out), False
+
+
+def _keeps_old(out: Path, force: bool, progress: Progress) -> bool:
+    """Whether the folder that is to be replaced holds what is the user's. Raises FlapError unless forced."""
+    found = found_pruned(out)
+    if not found or not (theirs := users_files(found)):
+        return False
+    some = ", ".join(theirs[:3]) + (f" and {len(theirs) - 3} more" if len(theirs) > 3 else "")
+    if not force:
+        raise FlapError(
+            f"{out} holds files that flap did not write, or that were changed since ({some}): move them away or give "
+            "another --out; --force moves the whole folder aside"
+        )
+    progress.note(f"{out} holds {some}, which flap did not write: the old folder is kept as {free_name(out)}")
+    return True
 
 
 def _resolved(options: ApplyOptions, plan: Plan) -> ApplyOptions:
@@ -103,7 +131,7 @@ class _Work:
     execution: Execution
 
 
-def _write_folder(out: Path, work: _Work, made_by: MadeBy, progress: Progress) -> None:
+def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progress: Progress) -> None:
     from flapcli.execution.loading import quiet_transformers
     from flapcli.pruning.companions import write_companions
     from flapcli.pruning.compensation import ClosedForm
@@ -121,7 +149,7 @@ def _write_folder(out: Path, work: _Work, made_by: MadeBy, progress: Progress) -
     _say_of_rank(work, progress)
     layout = layout_of(work.checkpoint, work.plan, options, closed_form.adds_bias)
     _say_of_layout(layout, options, progress)
-    with atomic_folder(out) as scratch:
+    with atomic_folder(out, keep_old) as scratch:
         with fit.stored(scratch, layout, closed_form, progress) if fit else nullcontext(closed_form) as compensation:
             report = write_tensors(scratch, layout, compensation, options.shard_size, progress)
         _say_of_ridge(report, progress)

@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and what the file system says where they can't be."""
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,11 +34,12 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, keep_old: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder; it takes the target's place, flushed to disk, only on success.
 
-    Raises FlapError where the file system refuses (full disk, no permission); the old folder stays. A link stays
-    too, and what it points to is replaced.
+    The old folder is deleted then, or stays by the name of `free_name` with `keep_old`. Raises FlapError where the file
+    system refuses (full disk, no permission); the old folder stays. A link stays too, and what it points to is
+    replaced.
     """
     target = target.resolve() if target.is_symlink() else target
     _recover(target)
@@ -47,7 +49,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield scratch
         for path in scratch.rglob("*"):
             _flush(path)
-        _swap(scratch, target)
+        _swap(scratch, target, free_name(target) if keep_old else None)
     except OSError as error:
         raise explain(error, target) from error
     finally:
@@ -88,19 +90,28 @@ def _flush(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _swap(scratch: Path, target: Path) -> None:
-    """Rename `scratch` to `target`; what stood there is removed only after that."""
+def free_name(target: Path) -> Path:
+    """Where a folder is moved to that is not to be lost: `target.old`, or the first of `.old-2`, ... that is free."""
+    target = target.resolve() if target.is_symlink() else target
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (target.with_name(f"{target.name}.old{number}") for number in numbers)
+    return next(name for name in names if not name.exists())
+
+
+def _swap(scratch: Path, target: Path, kept: Path | None) -> None:
+    """Rename `scratch` to `target`; what stood there is removed only after that, or `kept` by that name."""
     if not target.exists():
         os.rename(scratch, target)
         return
-    old = _scratch(target, "old")
+    old = kept or _scratch(target, "old")
     os.rename(target, old)
     try:
         os.rename(scratch, target)
     except BaseException:
         os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old != kept:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _recover(target: Path) -> None:

@@ -30,7 +30,10 @@ FILE_TYPES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class HubText:
-    """A dataset of the hub: the authors join its rows to one text, those of its train split by a space."""
+    """A dataset of the hub: the authors join its rows to one text, those of its train split by a space.
+
+    `revision` is for a dataset that is a script, which datasets 4 does not run: the hub's own conversion of it.
+    """
 
     repo: str
     config: str | None
@@ -38,11 +41,15 @@ class HubText:
     test_joint: str = " "
     test_split: str = "test"
     files: dict[Split, str] | None = None
+    revision: str | None = None
 
 
 HUB_TEXTS = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", test_joint="\n\n"),
-    "ptb": HubText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only", None, "sentence", revision="refs/convert/parquet",
+        files={"train": "penn_treebank/train/0000.parquet", "test": "penn_treebank/test/0000.parquet"},
+    ),
     "c4": HubText(
         "allenai/c4", None, "text", test_split="validation",
         files={"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"},
@@ -159,7 +166,7 @@ def _hub_rows(name: str, split: Split) -> Sequence[str]:
     theirs = text.test_split if split == "test" else split
     files = {"data_files": {theirs: text.files[split]}} if text.files else {}
     try:
-        rows = datasets.load_dataset(text.repo, text.config, split=theirs, **files)
+        rows = datasets.load_dataset(text.repo, text.config, split=theirs, revision=text.revision, **files)
     except Exception as error:  # datasets raises a dozen kinds, among them bare ValueError and OSError
         raise FlapError(
             f"{name} ({text.repo} on the hub) can't be loaded and is not in datasets' cache: {first_line(error)}; "

@@ -85,7 +85,7 @@ def test_hub_texts_without_a_network_say_what_to_do(name):
 
 
 def test_hub_texts_through_datasets(tmp_path):
-    """The loading code of wikitext2 and c4 on local copies, which datasets finds under the hub's names."""
+    """The loading code of all three on local copies, which datasets finds under the hub's names."""
     import gzip
 
     import pyarrow
@@ -106,6 +106,11 @@ def test_hub_texts_through_datasets(tmp_path):
     for name in ("c4-train.00000-of-01024", "c4-validation.00000-of-00008"):
         with gzip.open(c4 / f"{name}.json.gz", "wt") as file:
             file.writelines(json.dumps({"text": row}) + "\n" for row in ROWS)
+    for split in ("train", "test"):
+        place = tmp_path / "ptb-text-only" / "ptb_text_only" / "penn_treebank" / split / "0000.parquet"
+        place.parent.mkdir(parents=True)
+        rows = [f"{split} {row}" for row in ROWS]
+        pyarrow.parquet.write_table(pyarrow.table({"sentence": rows}), place)
     code = f"""
 import json, random, sys
 sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
@@ -118,6 +123,8 @@ starts = [draw.randint(0, len(ids) - 11) for _ in range(4)]
 assert calibration_windows("wikitext2", t, 4, 10, 0).tolist() == [ids[s:s + 10] for s in starts]
 ids = t("\\n\\n".join("test " + row for row in rows)).input_ids
 assert evaluation_windows("wikitext2", t, 10).flatten().tolist() == ids[:len(ids) // 10 * 10]
+ids = t(" ".join("test " + row for row in rows)).input_ids
+assert evaluation_windows("ptb", t, 10).flatten().tolist() == ids[:len(ids) // 10 * 10]
 draw, expected = random.Random(0), []
 while len(expected) < 4:
     ids = t(rows[draw.randint(0, len(rows) - 1)]).input_ids
@@ -131,6 +138,36 @@ assert calibration_windows("c4", t, 4, 6, 0).tolist() == expected
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+REQUESTS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, {}),
+    "ptb": ("ptb-text-only/ptb_text_only", None, "refs/convert/parquet",
+            {"train": "penn_treebank/train/0000.parquet", "test": "penn_treebank/test/0000.parquet"}),
+    "c4": ("allenai/c4", None, None, {"train": "en/c4-train.00000-of-01024.json.gz",
+                                      "validation": "en/c4-validation.00000-of-00008.json.gz"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_asked_of_the_hub(name, split, monkeypatch):
+    import datasets
+
+    from flapcli.texts.corpus import tokens_of
+
+    asked = {}
+
+    def load(repo, config=None, **request):
+        asked.update(request, repo=repo, config=config)
+        return {"text": ROWS, "sentence": ROWS}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tokens_of(name, TOKENIZER, split, "text")
+    repo, config, revision, files = REQUESTS[name]
+    theirs = "validation" if (name, split) == ("c4", "test") else split
+    expected = {"repo": repo, "config": config, "revision": revision, "split": theirs}
+    assert asked == expected | ({"data_files": {theirs: files[theirs]}} if files else {})
 
 
 CHAT = [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "the quick brown fox"}]
