@@ -16,6 +16,13 @@ from flapcli.errors import FlapError
 from flapcli.storage.record import Record
 
 FAMILIES = Path(__file__).parent / "families"
+MAX_SIZES = {"num_layers": 100_000}
+MAX_SIZE = 100_000_000
+
+
+def _is_size(name: str, value: object) -> bool:
+    """Whether config.json gives what can be a model's size, or nothing."""
+    return value is None or (type(value) is int and 0 <= value <= MAX_SIZES.get(name, MAX_SIZE))
 
 
 class ModuleDescription(Record):
@@ -95,16 +102,19 @@ class Family(Record):
     def read_sizes(self, config: dict[str, Any]) -> dict[str, int]:
         """Sizes of the architecture from config.json, defaults of transformers' configs filled in.
 
-        Raises FlapError that lists every missing size.
+        Raises FlapError that lists every missing size, and every value that is none.
         """
         sizes = {name: config.get(key) for name, key in self.sizes.items()}
+        odd = [f"{self.sizes[name]} is {value!r:.80}" for name, value in sizes.items() if not _is_size(name, value)]
+        if odd:
+            raise FlapError(f"config.json of a {self.name} model: {', '.join(odd)}, where a whole number is wanted")
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         if sizes["head_dim"] is None and sizes["hidden_size"] and sizes["num_attention_heads"]:
             sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
         missing = [self.sizes[name] for name, value in sizes.items() if value is None]
         if missing:
             raise FlapError(f"config.json of a {self.name} model lacks {', '.join(missing)}")
-        return {name: int(value) for name, value in sizes.items() if value is not None}
+        return {name: value for name, value in sizes.items() if value is not None}
 
     def read_layers(self, config: dict[str, Any], flap: FlapSection | None) -> tuple[LayerShape, ...]:
         """Each layer's own sizes: those under `flap` where the model was pruned, else the architecture's."""

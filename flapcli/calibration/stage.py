@@ -19,6 +19,8 @@ from flapcli.texts.mixture import Mixture
 if TYPE_CHECKING:
     from flapcli.execution.ranks import Ranks
 
+MAX_TOKENS = 2**30  # 8.6 GB of ids
+
 __all__ = ["CalibrateOptions", "calibrate"]
 
 
@@ -69,6 +71,8 @@ def _check(options: CalibrateOptions, execution: Execution, mixture: Mixture) ->
     mixture.check()
     if min(options.nsamples, options.seqlen - 1) < 1:
         raise UsageError("--nsamples must be at least 1 and --seqlen at least 2")
+    if (tokens := options.nsamples * options.seqlen) > MAX_TOKENS:
+        raise UsageError(f"--nsamples {options.nsamples}: {tokens:,} tokens are more than memory is asked to hold")
     mixture.counts(options.nsamples)  # refuses shares of nothing
     parse_size(execution.activation_memory, "--activation-memory")
     if execution.stream and execution.device_map:

@@ -24,6 +24,9 @@ class ArrayLength:
     items: int
 
 
+HEADER_ERRORS = (struct.error, KeyError, ValueError, TypeError, OverflowError, MemoryError)
+
+
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor's shape (rows last to first as torch has them), ggml type number and place in the file."""
@@ -47,8 +50,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            return _Reader(file).header(path, size)
-    except (struct.error, KeyError, ValueError, OverflowError, MemoryError) as error:
+            return _Reader(file, size).header(path, size)
+    except HEADER_ERRORS as error:
         raise FlapError(f"{path} is truncated or corrupt: its GGUF header can't be read") from error
     except OSError as error:
         raise FlapError(f"cannot read {path}: {error.strerror}") from error
@@ -57,8 +60,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
 class _Reader:
     """A cursor over a file's beginning, read on as it is needed."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.data, self.at = file, b"", 0
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size, self.data, self.at = file, size, b"", 0
 
     def header(self, path: Path, size: int) -> GgufHeader:
         if self.take(4) != b"GGUF":
@@ -70,6 +73,8 @@ class _Reader:
         infos = [self.tensor() for _ in range(tensors)]
         raw = self.data[: self.at]
         alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError("an alignment that is none")
         begin = -(-self.at // alignment) * alignment
         found = [GgufTensor(name, shape, kind, begin + at, _nbytes(shape, kind)) for name, shape, kind, at in infos]
         end = max((t.start + t.nbytes for t in found), default=begin)
@@ -78,6 +83,8 @@ class _Reader:
         return GgufHeader(metadata, found, raw)
 
     def take(self, count: int) -> bytes:
+        if self.at + count > self.size:  # before anything is read for it
+            raise struct.error("end of file")
         while self.at + count > len(self.data):
             chunk = self.file.read(max(CHUNK, min(count, 1 << 26)))
             if not chunk:
@@ -98,11 +105,13 @@ class _Reader:
         if kind != ARRAY:
             return self.scalar(FORMATS[kind])
         inner, count = self.scalar("<I"), self.scalar("<Q")
-        if inner in FORMATS:
+        if inner == ARRAY:
+            raise ValueError("an array of arrays, which nothing writes")
+        if inner != STRING:
             self.take(struct.calcsize(FORMATS[inner]) * count)
         else:
             for _ in range(count):
-                self.take(self.scalar("<Q")) if inner == STRING else self.value(inner)
+                self.take(self.scalar("<Q"))
         return ArrayLength(count)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:

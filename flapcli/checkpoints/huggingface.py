@@ -65,13 +65,16 @@ class FolderCheckpoint(Checkpoint):
 
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # what broken files raise is of every kind
             raise FlapError(f"{self.name}: its tokenizer can't be loaded: {first_line(error)}") from error
 
     def load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.path)
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except Exception as error:  # each field has a check of its own
+            raise FlapError(f"{self.name}: transformers can't read its config.json: {first_line(error)}") from error
 
 
 class SafetensorsCheckpoint(FolderCheckpoint):
@@ -110,7 +113,7 @@ def read_json(path: Path, otherwise: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise FlapError(f"{otherwise}: {path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FlapError(f"{path} can't be read as JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise FlapError(f"{path} is not a JSON object")

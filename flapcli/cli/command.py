@@ -78,6 +78,8 @@ def _describe(error: BaseException) -> str:
         return " ".join(str(error).split("\n"))
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing half-done is left behind (calibrate goes on where it stopped when run again)"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{str(error.filename)[:100]}: {error.strerror}"
     return f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
 
 

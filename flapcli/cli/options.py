@@ -262,7 +262,7 @@ def batch(text: str) -> int | None:
     """The number of --batch-size; None for auto. Raises UsageError for anything else."""
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise UsageError(f"--batch-size {text}: give a number of windows, at least 1, or auto")
     return int(text)
 

@@ -41,7 +41,9 @@ def load_model(
         if device_map:
             return (_spread(model, device_map) if checkpoint.path.is_file() else model).eval()
         return model.to(device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (FlapError, MemoryError):
+        raise
+    except Exception as error:  # a configuration may ask for what is not installed, or does not exist
         raise FlapError(f"{checkpoint.name}: transformers can't load it: {first_line(error)}") from error
 
 

@@ -61,7 +61,7 @@ def read_header(path: Path) -> Header:
             raise FlapError(f"{path}: tensor {unknown[0][0]} is {unknown[0][1]}, which flap can't read")
         end = max((e["data_offsets"][1] for e in entries.values()), default=0)
         bad = [n for n, e in entries.items() if tensors[n].nbytes != e["data_offsets"][1] - e["data_offsets"][0]]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise FlapError(f"{path} is not a safetensors file or is corrupt: its header can't be read") from error
     if bad:
         raise FlapError(f"{path} is corrupt: the size of {bad[0]} does not fit its shape")
