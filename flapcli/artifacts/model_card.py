@@ -64,9 +64,9 @@ def _hub_id(name: str) -> str | None:
     return None if Path(name).is_absolute() else name
 
 
-def _shared_name(dataset: str | None) -> str:
+def shared_text(dataset: str | None) -> str | None:
     """A calibration's texts without the folders of somebody's machine."""
-    return "+".join(Path(part).name for part in (dataset or "unknown").split("+"))
+    return dataset and "+".join(Path(part).name for part in dataset.split("+"))
 
 
 def _summary(plan: Plan, made_by: MadeBy) -> str:
@@ -88,7 +88,7 @@ def _table(plan: Plan, flap: FlapSection) -> str:
         "method, metric, structure": f"{plan.method}, {plan.metric}, {plan.structure}",
         "ratio asked, achieved": f"{plan.ratio.requested}, {plan.ratio.achieved}",
         "compensation": made_by.compensate + (", sequential" if made_by.sequential else ""),
-        "calibration text": _shared_name(made_by.dataset),
+        "calibration text": shared_text(made_by.dataset) or "unknown",
         "parameters before": f"{p.model:,}",
         "parameters after": f"{after:,}",
         "biases added": ", ".join(flap.biases) or "none",

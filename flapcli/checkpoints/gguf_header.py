@@ -24,9 +24,6 @@ class ArrayLength:
     items: int
 
 
-HEADER_ERRORS = (struct.error, KeyError, ValueError, TypeError, OverflowError, MemoryError)
-
-
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor's shape (rows last to first as torch has them), ggml type number and place in the file."""
@@ -51,7 +48,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         size = path.stat().st_size
         with path.open("rb") as file:
             return _Reader(file, size).header(path, size)
-    except HEADER_ERRORS as error:
+    except (struct.error, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
         raise FlapError(f"{path} is truncated or corrupt: its GGUF header can't be read") from error
     except OSError as error:
         raise FlapError(f"cannot read {path}: {error.strerror}") from error

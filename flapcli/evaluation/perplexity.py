@@ -104,17 +104,6 @@ def exp_mean(losses: NDArray[np.float64], description: str = "perplexity") -> fl
         raise FlapError(f"{description}: mean loss {mean:.1f} is beyond any perplexity; the model is broken") from error
 
 
-def perplexity(
-    model: PreTrainedModel,
-    windows: NDArray[np.int64],
-    batch_size: int | None,
-    progress: Progress,
-    description: str = "perplexity",
-) -> float:
-    """Perplexity of a causal model on (n, seqlen) windows. Raises FlapError where it is not finite."""
-    return exp_mean(window_losses(model, windows, batch_size, progress, description), description)
-
-
 def details(
     losses: NDArray[np.float64], windows: NDArray[np.int64], tokenizer: "PreTrainedTokenizerBase"
 ) -> TextDetails:

@@ -163,9 +163,9 @@ def _default_perplexity(checkpoint: Checkpoint, progress: Progress) -> str:
     """The text that the checkpoint was calibrated on, its test part where it has one."""
     made_by = checkpoint.made_by
     default = default_text(made_by.model.name if made_by else checkpoint.name)
-    if made_by is None or made_by.dataset is None:
-        return calibration_text(default, None, default, progress)
-    return calibration_text(made_by.dataset, made_by.dataset_sha256, default, progress)
+    dataset = (made_by and made_by.dataset) or default
+    digest = made_by.dataset_sha256 if made_by else None
+    return calibration_text(dataset, digest, default, progress)
 
 
 def calibration_text(dataset: str, digest: str | None, default: str, progress: Progress) -> str:

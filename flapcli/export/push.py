@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from flapcli.artifacts.model_card import shared_text
 from flapcli.artifacts.plan import load_plan, save_plan
 from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder
 from flapcli.errors import FlapError, first_line
-from flapcli.texts.mixture import Mixture
 
 LOCAL = (".git", ".cache", "__pycache__")  # what tools leave in a folder
 
@@ -58,12 +58,8 @@ def shareable(pruned: PrunedFolder) -> dict[str, str | bytes]:
     }
     made_by = pruned.flap.made_by
     model = made_by.model.model_copy(update={"name": _shared(made_by.model.name)})
-    mixture = Mixture.read(made_by.dataset) if made_by.dataset else None
-    text = mixture and Mixture(tuple(_shared(source) for source in mixture.sources), mixture.weights).name
-    section = pruned.flap.model_copy(
-        update={"made_by": made_by.model_copy(update={"model": model, "dataset": text})}
-    ).as_json()
-    config = pruned.config | {"flap": section}
+    made_by = made_by.model_copy(update={"model": model, "dataset": shared_text(made_by.dataset)})
+    config = pruned.config | {"flap": pruned.flap.model_copy(update={"made_by": made_by}).as_json()}
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     if "plan.yaml" in files:
         plan = load_plan(pruned.path / "plan.yaml")

@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING
 from flapcli import __version__
 from flapcli.architecture.flap_section import MadeBy, SourceModel
 from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
-from flapcli.artifacts.pruned_folder import (
-    PRUNED,
-    PrunedFolder,
-    check_not_source,
-    found_pruned,
-    load_pruned,
-    users_files,
-    weights_are_whole,
-)
+from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, users_files, weights_are_whole
 from flapcli.artifacts.stats import Stats, load_header, load_stats
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError
@@ -91,12 +83,12 @@ def apply(
     made_by = made_by.model_copy(update={"license": checkpoint.license} | text)
     work = _Work(checkpoint, plan, stats, stats_path, options, execution)
     _write_folder(out, work, made_by, keep_old, progress)
-    return load_pruned(out), False
+    return PRUNED.load(out), False
 
 
 def _keeps_old(out: Path, force: bool, progress: Progress) -> bool:
     """Whether the folder that is to be replaced holds what is the user's. Raises FlapError unless forced."""
-    found = found_pruned(out)
+    found = PRUNED.find(out)
     if not found or not (theirs := users_files(found)):
         return False
     some = ", ".join(theirs[:3]) + (f" and {len(theirs) - 3} more" if len(theirs) > 3 else "")

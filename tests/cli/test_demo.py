@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from flapcli.artifacts.plan import load_plan
 from flapcli.checkpoints import open_checkpoint
-from flapcli.evaluation.perplexity import perplexity
+from flapcli.evaluation.perplexity import exp_mean, window_losses
 from flapcli.execution.loading import load_model
 from flapcli.progress import Silent
 from flapcli.texts.corpus import evaluation_windows
@@ -81,7 +81,7 @@ def test_sliced_equals_masked_and_perplexity_is_plain(demo, flap):
         logits = sliced(ids).logits
         torch.testing.assert_close(logits, masked(ids).logits, rtol=1e-4, atol=1e-3)
         loss = torch.stack([sliced(row[None], labels=row[None]).loss for row in ids]).mean()
-    assert perplexity(sliced, ids.numpy(), 1, Silent()) == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert exp_mean(window_losses(sliced, ids.numpy(), 1, Silent())) == pytest.approx(float(loss.exp()), rel=1e-4)
     text = "The for statement is used to"
     prompt = tokenizer(text, return_tensors="pt").input_ids
     assert len(sliced.generate(prompt, max_new_tokens=5, do_sample=False)[0]) == prompt.shape[1] + 5
@@ -99,7 +99,7 @@ def test_bfloat16_statistics_keep_the_plan(flap, tmp_path):
         plans[dtype] = load_plan(run / "plan.yaml")
         model = load_model(open_checkpoint(str(run / "pruned")), torch.float32, CPU)
         windows = evaluation_windows("pydoc", source.load_tokenizer(), 128)[:16]
-        values[dtype] = perplexity(model, windows, None, Silent())
+        values[dtype] = exp_mean(window_losses(model, windows, None, Silent()))
     gone = {
         dtype: {
             (i, module, int(unit))
