@@ -319,7 +319,7 @@ def test_an_interrupt_leaves_what_was_there(flap, run, tiny, text_file, stage, m
 def test_a_real_signal(tiny, text_file, tmp_path):
     """SIGINT while a process calibrates."""
     command = [sys.executable, "-m", "flapcli", "calibrate", str(tiny("llama-gqa")), "-d", str(tmp_path / "run"),
-               "--dataset", str(text_file), "--nsamples", "200000", "--seqlen", "24"]  # fmt: skip
+               "--dataset", str(text_file), "--nsamples", "200000", "--seqlen", "24", "--batch-size", "1"]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(8)
     process.send_signal(signal.SIGINT)
