@@ -9,6 +9,7 @@ from flapcli.architecture.flap_section import FlapSection
 from flapcli.artifacts.reuse import Kind
 from flapcli.checkpoints.shards import INDEX
 from flapcli.errors import FlapError, UsageError
+from flapcli.storage.hashing import files_below
 from flapcli.storage.safetensors_file import read_header
 
 CARD_MARK = "<!-- Written by flap, and anew by `flap eval`; remove this line to keep text of your own. -->"
@@ -48,9 +49,7 @@ def weights_are_whole(folder: PrunedFolder) -> bool:
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below a folder but its config.json, by relative name."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    return {name: size for name, size in sizes.items() if name != "config.json"}
+    return {name: path.stat().st_size for name, path in files_below(folder).items() if name != "config.json"}
 
 
 def users_files(folder: PrunedFolder) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.errors import UsageError
-from flapcli.storage.hashing import files_sha256
+from flapcli.storage.hashing import files_below, files_sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -55,6 +55,12 @@ def task_manager(names: tuple[str, ...], include_path: str | None) -> "TaskManag
     folder = Path(include_path) if include_path else None
     if folder and not folder.is_dir():
         raise UsageError(f"--include-path {folder}: no such folder")
+    return _task_manager(names, folder, task_files_sha256(folder) if folder else None)
+
+
+@cache
+def _task_manager(names: tuple[str, ...], folder: Path | None, _files: str | None) -> "TaskManager":
+    """The index, read once for the checks before a run and for its evaluations; `_files` tells changed task files."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -78,5 +84,4 @@ def check_names(names: tuple[str, ...], manager: "TaskManager") -> None:
 
 def task_files_sha256(folder: Path) -> str:
     """Hash of names and contents of all files below `folder`, as task files and their local data are."""
-    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return files_sha256(folder, found)
+    return files_sha256(folder, files_below(folder).values())

@@ -8,6 +8,7 @@ from flapcli.artifacts.model_card import shared_text
 from flapcli.artifacts.plan import load_plan, save_plan
 from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder
 from flapcli.errors import FlapError, first_line
+from flapcli.storage.hashing import files_below
 
 LOCAL = (".git", ".cache", "__pycache__")  # what tools leave in a folder
 
@@ -52,10 +53,7 @@ def shareable(pruned: PrunedFolder) -> dict[str, str | bytes]:
 
     config.json and plan.yaml name the model, the statistics and the text by the last part of their paths.
     """
-    paths = {path.relative_to(pruned.path): path for path in sorted(pruned.path.rglob("*")) if path.is_file()}
-    files: dict[str, str | bytes] = {
-        name.as_posix(): str(path) for name, path in paths.items() if not set(LOCAL) & set(name.parts)
-    }
+    files: dict[str, str | bytes] = {name: str(path) for name, path in files_below(pruned.path, LOCAL).items()}
     made_by = pruned.flap.made_by
     model = made_by.model.model_copy(update={"name": _shared(made_by.model.name)})
     made_by = made_by.model_copy(update={"model": model, "dataset": shared_text(made_by.dataset)})

@@ -32,9 +32,10 @@ def write_companions(folder: Path, layout: Layout, made_by: MadeBy, report: FitR
         shutil.copyfile(modeling_flap.__file__, folder / MODELING)
     save_plan(folder / "plan.yaml", layout.plan)
     _write_tokenizer(folder, layout.checkpoint)
-    (folder / "README.md").write_text(model_card(_config(layout, section), layout.plan, None), encoding="utf-8")
+    config = _config(layout, section)
+    (folder / "README.md").write_text(model_card(config, layout.plan, None), encoding="utf-8")
     # The last, for what is newer than config.json is the user's.
-    config = _config(layout, section.model_copy(update={"files": file_sizes(folder)}))
+    config["flap"] = section.model_copy(update={"files": file_sizes(folder)}).as_json()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

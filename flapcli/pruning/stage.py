@@ -73,11 +73,8 @@ def apply(
     stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None
     if stats and options.compensate == "lstsq" and not stats.header.settings.get("gram"):
         raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
-    text: dict[str, str | None] = {
-        "dataset": None,
-        "dataset_sha256": None,
-    }  # which only a default of `flap eval` depends on
-    with suppress(FlapError):
+    text: dict[str, str | None] = {}
+    with suppress(FlapError):  # only a default of `flap eval` depends on it
         read = (stats.header if stats else load_header(stats_path)).calibration
         text = {"dataset": read.dataset, "dataset_sha256": read.source_sha256}
     made_by = made_by.model_copy(update={"license": checkpoint.license} | text)

@@ -11,6 +11,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_below(folder: Path, ignored: tuple[str, ...] = ("__pycache__",)) -> dict[str, Path]:
+    """Every file below a folder by its relative name, but those in folders of the `ignored` names."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name.as_posix(): path for name, path in paths.items() if not set(ignored) & set(name.parts)}
+
+
 def files_sha256(folder: Path, paths: Iterable[Path]) -> str:
     """SHA-256 of names and contents of these files of a folder, in hexadecimal."""
     digest = hashlib.sha256()
