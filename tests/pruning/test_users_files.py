@@ -5,7 +5,10 @@ import time
 
 import pytest
 
-LATER = time.time() + 60  # a tick of the file system's clock and more
+
+def touch_later(path):
+    later = time.time() + 60  # a tick of the file system's clock and more
+    os.utime(path, (later, later))
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def replan(flap, run):
 CHANGES = {
     "a note": lambda pruned: (pruned / "notes.txt").write_text("mine"),
     "a checkpoint": lambda pruned: ((pruned / "checkpoint-500").mkdir(), (pruned / "checkpoint-500" / "a").touch()),
-    "weights tuned in place": lambda pruned: os.utime(next(pruned.glob("*.safetensors")), (LATER, LATER)),
+    "weights tuned in place": lambda pruned: touch_later(next(pruned.glob("*.safetensors"))),
     "a card of one's own": lambda pruned: (pruned / "README.md").write_text("my model"),
 }
 
