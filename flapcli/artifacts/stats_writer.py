@@ -1,15 +1,15 @@
 """Writes a statistics file layer by layer. No torch."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flapcli.architecture.shape import MODULES, Module
+from flapcli.architecture.shape import Module
 from flapcli.artifacts import stats
 from flapcli.artifacts.stats import GramDtype, Influence, ModuleStats, StatsHeader, Vector
 from flapcli.storage.atomic import atomic_file
@@ -18,6 +18,18 @@ from flapcli.storage.safetensors_file import StreamWriter, TensorSpec
 # Of a layer's number, a module's Gram matrix and Fisher information: the loss at which each unit is eliminated
 # (METHOD.md, Elimination).
 Eliminate = Callable[[int, Module, NDArray[np.float32], Vector], Vector]
+
+
+class LayerStats(NamedTuple):
+    """What is written of a layer: its block influence and of each module its statistics.
+
+    With Gram matrices those of modules with channels, with Fisher information that of units; else both are empty.
+    """
+
+    influence: Influence
+    modules: Mapping[Module, ModuleStats]
+    grams: Mapping[Module, NDArray[np.float32]]
+    fisher: Mapping[Module, Vector] = {}
 
 
 class StatsWriter:
@@ -46,19 +58,17 @@ class StatsWriter:
         """Go on after the first of the `parts` that are whole."""
         self._writer.rewind(self._ends[parts])
 
-    def write(
-        self,
-        layer: int,
-        modules: Mapping[Module, ModuleStats],
-        influence: Influence,
-        grams: Mapping[Module, NDArray[np.float32]],
-    ) -> None:
-        """Append a layer and have it on disk. Raises ValueError out of order or where something is missing."""
-        for spec, turned in zip(stats.influence_tensors(layer), influence, strict=True):
+    def write(self, layer: int, found: LayerStats) -> None:
+        """Append a layer, but for its Fisher information, and have it on disk.
+
+        Raises ValueError out of order or where something is missing.
+        """
+        for spec, turned in zip(stats.influence_tensors(layer), found.influence, strict=True):
             self._put(spec, np.array([turned], np.float32))
-        for spec in self._parts[layer][len(influence) :]:
-            _, _, module, field = spec.name.split(".")
-            self._put(spec, grams[module] if field == "gram" else getattr(modules[module], field))  # type: ignore[index]
+        for spec in self._parts[layer][len(found.influence) :]:
+            _, _, name, field = spec.name.split(".")
+            module: Module = name  # type: ignore[assignment]
+            self._put(spec, found.grams[module] if field == "gram" else getattr(found.modules[module], field))
         self._writer.sync()
 
     def write_fisher(self, layer: int, fisher: Mapping[Module, Vector], eliminate: Eliminate) -> None:
@@ -98,24 +108,20 @@ class StatsWriter:
 def save_stats(
     path: Path,
     header: StatsHeader,
-    modules: dict[tuple[int, Module], ModuleStats],
-    influences: list[Influence],
-    grams: dict[tuple[int, Module], NDArray[np.float32]] | None = None,
-    fisher: dict[tuple[int, Module], Vector] | None = None,
-    gram_dtype: GramDtype = "F32",
+    layers: Iterable[LayerStats],
+    gram: GramDtype | None = None,
     eliminate: Eliminate | None = None,
 ) -> None:
-    """Write the artifact atomically; `fisher` and `eliminate` are there where the header's settings ask for Fisher
-    information. `eliminate` makes elimination of it where there are Gram matrices.
+    """Write the artifact atomically, its layers as they come, so that no more than one's Gram matrices are at hand.
 
+    `eliminate` makes elimination of Fisher information and Gram matrices where the header's settings ask for both.
     Raises FlapError where the file system refuses.
     """
-    gram = None if grams is None else gram_dtype
+    fisher = []
     with atomic_file(path) as scratch, StatsWriter(scratch, header, gram) as writer:
-        for layer in range(header.model.num_layers):
-            own = {module: modules[layer, module] for module in MODULES}
-            squares = {m: grams[layer, m] for m in MODULES if (layer, m) in grams} if grams else {}
-            writer.write(layer, own, influences[layer], squares)
-        if fisher and eliminate:
-            for layer in reversed(range(header.model.num_layers)):
-                writer.write_fisher(layer, {module: fisher[layer, module] for module in MODULES}, eliminate)
+        for layer, found in enumerate(layers):
+            writer.write(layer, found)
+            fisher.append(found.fisher)
+        if eliminate and all(fisher):
+            for layer in reversed(range(len(fisher))):
+                writer.write_fisher(layer, fisher[layer], eliminate)

@@ -1,14 +1,12 @@
 """Calibration of a model in memory: one dense forward pass over the windows, and what it says of every channel."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from flapcli.architecture.shape import MODULES, Module
-from flapcli.artifacts.stats import Influence, ModuleStats
+from flapcli.architecture.shape import MODULES
+from flapcli.artifacts.stats_writer import LayerStats
 from flapcli.calibration.fisher import loss_gradient, track
 from flapcli.calibration.moments import Moments
 from flapcli.calibration.recorder import Key, Recorder, fisher_of, layer_stats_of
@@ -26,22 +24,12 @@ from flapcli.storage.safetensors_file import StreamWriter, TensorSpec, read_head
 SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
 
 
-@dataclass
-class Measured:
-    """Everything a stats file holds besides its header."""
-
-    modules: dict[tuple[int, Module], ModuleStats]
-    influences: list[Influence]
-    grams: dict[tuple[int, Module], NDArray[np.float32]] | None
-    fisher: dict[tuple[int, Module], NDArray[np.float32]] | None
-
-
-def measure(work: Workload) -> Measured:
-    """Run this rank's windows through the dense decoder and return the statistics of all ranks.
+def measure(work: Workload) -> Iterator[LayerStats]:
+    """Run this rank's windows through the dense decoder; returns the statistics of all ranks, layer by layer.
 
     Fisher information takes a backward pass through the activations, which gives no weight a gradient. Accumulators
     are float64 (Gram sums float32) whatever dtype the model runs in. With `resume`, goes on after the batches that an
-    earlier run saved there. Away from rank 0 what is returned is of no use.
+    earlier run saved there. Every rank must take all layers; away from rank 0 they are of no use.
     Raises FlapError on activations that are not finite and where memory does not suffice.
     """
     checkpoint, windows = work.checkpoint, work.windows
@@ -57,7 +45,7 @@ def measure(work: Workload) -> Measured:
         work.progress.note(f"going on after window {done} of {len(windows)}")
 
     def step(part: slice) -> None:
-        recorder.abandon()
+        recorder.begin(part)
         ids = torch.from_numpy(windows[part]).to(device)
         states = decoder(input_ids=ids, use_cache=False)[0]
         if work.fisher:
@@ -67,36 +55,29 @@ def measure(work: Workload) -> Measured:
 
     seqlen = windows.shape[1]
     batches = Batches(seqlen, device, work.runtime.batch_size, work.progress, backward=work.fisher)
-    with torch.enable_grad() if work.fisher else torch.inference_mode():
-        with work.progress.task("calibrate", windows.size, "tokens") as advance:
-            advance(done * seqlen)
+    mode = torch.enable_grad() if work.fisher else torch.inference_mode()
+    with mode, work.progress.task("calibrate", windows.size, "tokens") as advance:
+        advance(done * seqlen)
 
-            def taken(tokens: int) -> None:
-                """Not in the step: out of memory here is no reason to take in the batch again."""
-                if saved:
-                    saved.after(tokens // seqlen)
-                advance(tokens)
+        def taken(tokens: int) -> None:
+            """Not in the step: out of memory here is no reason to take in the batch again."""
+            if saved:
+                saved.after(tokens // seqlen)
+            advance(tokens)
 
-            batches.run(len(windows), step, taken, done)
-        return _complete(work, recorder)
+        batches.run(len(windows), step, taken, done)
+    return _layers(work, recorder)
 
 
-def _complete(work: Workload, recorder: Recorder) -> Measured:
+@torch.inference_mode()
+def _layers(work: Workload, recorder: Recorder) -> Iterator[LayerStats]:
     checkpoint, ranks = work.checkpoint, work.ranks
-    measured = Measured({}, [], {} if recorder.gram else None, {} if recorder.fisher else None)
     for layer in range(checkpoint.shape.num_layers):
         weights = {module: f"{checkpoint.family.output(layer, module)}.weight" for module in MODULES}
         there = checkpoint.tensors if ranks.rank == 0 else {}
         norms = {m: ColumnNorms.of(checkpoint.read(name)) if name in there else None for m, name in weights.items()}
-        influence, modules, grams = layer_stats_of(recorder, layer, norms, ranks)
-        measured.influences.append(influence)
-        measured.modules |= {(layer, module): stats for module, stats in modules.items()}
-        if measured.grams is not None and ranks.rank == 0:
-            measured.grams |= {(layer, module): gram for module, gram in grams.items()}
-        if measured.fisher is not None:
-            found = fisher_of(recorder, layer, ranks)
-            measured.fisher |= {(layer, module): values for module, values in found.items()}
-    return measured
+        found = layer_stats_of(recorder, layer, norms, ranks)
+        yield found._replace(fisher=fisher_of(recorder, layer, ranks)) if work.fisher else found
 
 
 class Saved:

@@ -1,5 +1,6 @@
 """The part of stage 1 that computes: where, in which of the two ways, and from which checkpoint on."""
 
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -113,13 +114,13 @@ def _run(request: CalibrationRequest, header: StatsHeader, work: Workload, resum
                 pass
             move_file(growing, request.out)
         return
-    measured = measure(work)
+    found = measure(work)
     if work.ranks.rank:
+        deque(found, maxlen=0)
         return
-    found = measured.modules, measured.influences, measured.grams, measured.fisher
     layers = header.model.num_layers if gram and work.fisher else 0
     with work.progress.task("eliminate", layers, "layers") if layers else nullcontext(lambda _: None) as advance:
-        save_stats(request.out, header, *found, stored, eliminator(work.checkpoint, advance))
+        save_stats(request.out, header, found, gram, eliminator(work.checkpoint, advance))
 
 
 def _check_space(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from flapcli.architecture.shape import MODULES, Module
 from flapcli.artifacts.stats import Influence, ModuleStats
+from flapcli.artifacts.stats_writer import LayerStats
 from flapcli.calibration.block_influence import observe_layer
 from flapcli.calibration.fisher import gate_gradients
 from flapcli.calibration.moments import Moments, batch_sums
@@ -33,8 +34,10 @@ class NotFiniteError(FlapError):
 class Recorder:
     """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums), and on its layers.
 
-    With `fisher`, backward passes gather the moments of gates' gradients. A batch counts only once `commit` is
-    called, so one that failed half-way leaves no trace. What was taken out is recorded no more.
+    With `fisher`, backward passes gather the moments of gates' gradients. A batch, which `begin` names, counts only
+    once `commit` is called. Gram sums alone have it at once, since a second copy of them all would be the peak of
+    memory: those that a batch reached before it failed pass over its windows when they come again. What was taken out
+    is recorded no more.
     """
 
     def __init__(
@@ -44,8 +47,8 @@ class Recorder:
         self.moments: dict[Key, Moments] = {}
         self.grams: dict[Key, torch.Tensor] = {}
         self._batch: dict[Key, torch.Tensor] = {}
-        self._products: dict[Key, torch.Tensor] = {}
-        self._tokens = 0
+        self._summed: dict[Key, int] = {}  # windows that a Gram sum has
+        self._tokens, self._stop = 0, 0
         shape, family = checkpoint.shape, checkpoint.family
         for layer in range(shape.num_layers):
             block = model.get_submodule(family.layer.format(i=layer))
@@ -67,12 +70,21 @@ class Recorder:
         key: Key = (layer, module)
         x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
         self._sum(key, x)
-        if self.gram and key in self.moments:
-            x32 = x.float()
-            self._products[key] = x32.T @ x32
+        if self.gram and key in self.moments and self._summed.get(key, 0) < self._stop:
+            self._add_product(key, x.float())
         if self.fisher and inputs[0].requires_grad:
             gate: Key = (layer, GATES[module])
             inputs[0].register_hook(lambda gradient: self._sum(gate, gate_gradients(x, gradient, channels)))
+
+    def _add_product(self, key: Key, x: torch.Tensor) -> None:
+        total = self.grams.get(key)
+        self.grams[key] = x.T @ x if total is None else total.to(x.device).addmm_(x.T, x)
+        self._summed[key] = self._stop
+
+    def begin(self, windows: slice) -> None:
+        """Of the batch that comes: its windows. One that failed half-way is forgotten."""
+        self._batch.clear()
+        self._stop = windows.stop
 
     def keep_gates_only(self) -> None:
         """Record nothing but gates from here on."""
@@ -104,10 +116,7 @@ class Recorder:
         parts = Moments.from_sums(self._tokens, sums).split([self._batch[key].shape[1] for key in keys])
         for key, part in zip(keys, parts, strict=True):
             self.moments[key].merge(part)
-        for key, product in self._products.items():
-            known = self.grams.get(key)
-            self.grams[key] = product if known is None else known.to(product.device).add_(product)
-        self.abandon()
+        self._batch.clear()
 
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
         """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
@@ -117,16 +126,11 @@ class Recorder:
         total = self.grams.pop(key, None)
         return moments, torch.zeros(2 * moments.mean.shape, device=self.device) if total is None else total
 
-    def abandon(self) -> None:
-        """Forget a batch that failed half-way."""
-        self._batch.clear()
-        self._products.clear()
-
 
 def layer_stats_of(
     recorder: Recorder, layer: int, norms: Mapping[Module, ColumnNorms | None], ranks: Ranks
-) -> tuple[Influence, dict[Module, ModuleStats], dict[Module, NDArray[np.float32]]]:
-    """A layer's block influence, statistics and Gram matrices that are kept, over all ranks; of use on rank 0 alone."""
+) -> LayerStats:
+    """All but a layer's Fisher information, over all ranks, which leaves the recorder; of use on rank 0 alone."""
     influence = Influence(*recorder.take((layer, "residual"))[0].over(ranks).mean.float().tolist())
     modules, grams = {}, {}
     for module in MODULES:
@@ -135,7 +139,7 @@ def layer_stats_of(
         if total is not None:
             grams[module] = ranks.summed(total).div_(max(moments.count, 1)).cpu().numpy()
         modules[module] = _module_stats(moments, norms[module])
-    return influence, modules, grams
+    return LayerStats(influence, modules, grams)
 
 
 def _module_stats(moments: Moments, norms: ColumnNorms | None) -> ModuleStats:

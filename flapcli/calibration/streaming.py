@@ -87,9 +87,9 @@ class ForwardPass(LayerWalk):
             self._layer(layer.index, layer, advance)
             if work.fisher or layer.index + 1 < self.num_layers:
                 self.hidden.save(layer.index + 1)
-            influence, modules, grams = layer_stats_of(self.recorder, layer.index, layer.norms, work.ranks)
+            found = layer_stats_of(self.recorder, layer.index, layer.norms, work.ranks)
             if self.writer:
-                self.writer.write(layer.index, modules, influence, grams)
+                self.writer.write(layer.index, found)
             work.ranks.agree(layer.index)  # from here on no rank can need the input of this layer again
             if not work.fisher:
                 self.hidden.forget(layer.index)
@@ -110,7 +110,7 @@ class ForwardPass(LayerWalk):
         needed = self.work.fisher or index + 1 < self.num_layers
 
         def step(part: slice, forward: Forward) -> None:
-            self.recorder.abandon()
+            self.recorder.begin(part)
             states = forward(self.hidden.read(part).to(self.layerwise.device)).cpu()
             self.recorder.commit()
             if needed:
@@ -183,7 +183,7 @@ class BackwardPass(LayerWalk):
         device = self.layerwise.device
 
         def step(part: slice, forward: Forward) -> None:
-            self.recorder.abandon()
+            self.recorder.begin(part)
             states = self.hidden.read(part).to(device).detach().requires_grad_()
             with torch.enable_grad():
                 output = forward(states)

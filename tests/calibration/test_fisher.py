@@ -84,14 +84,15 @@ def test_files_of_before_the_option_still_read(tiny, flap, text_file, tmp_path):
     """Their settings do not speak of it."""
     from dataclasses import replace
 
-    from flapcli.artifacts.stats_writer import save_stats
+    from flapcli.artifacts.stats_writer import LayerStats, save_stats
 
     args = ("calibrate", tiny("llama-gqa"), "-d", tmp_path, "--dataset", text_file, *SMALL_FISHER)
     flap(*args)
     stats = load_stats(tmp_path / "stats.safetensors")
     settings = {key: value for key, value in stats.header.settings.items() if key != "fisher"}
     old = replace(stats, header=stats.header.model_copy(update={"settings": settings}))
-    save_stats(old.path, old.header, old.modules, old.influences)
+    modules = ({m: old.modules[i, m] for m in MODULES} for i in range(old.model.num_layers))
+    save_stats(old.path, old.header, [LayerStats(*both, {}) for both in zip(old.influences, modules, strict=True)])
     assert load_stats(old.path).fisher is None
     assert "up to date" in flap(*args).stderr
     assert "written" in flap(*args, "--fisher").stderr

@@ -1,12 +1,13 @@
 """Statistics as tests measure and compare them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from support.edits import edit_keep
 from support.models import load_tokenizer
 
 from flapcli.artifacts.stats import load_stats
-from flapcli.calibration.in_memory import Measured
 from flapcli.calibration.in_memory import measure as measure_workload
 from flapcli.calibration.workload import Workload
 from flapcli.execution.device import Runtime
@@ -16,10 +17,14 @@ SMALL_FISHER = ["--nsamples", 12, "--seqlen", 24, "--batch-size", 5, "--dtype", 
 CPU = torch.device("cpu")
 
 
-def measure(checkpoint, windows, device, dtype, batch_size, gram, progress, with_fisher=False) -> Measured:
-    """A calibration in memory by this process alone."""
-    return measure_workload(
-        Workload(checkpoint, windows, Runtime(device, dtype, batch_size), gram, with_fisher, progress)
+def measure(checkpoint, windows, device, dtype, batch_size, gram, progress, with_fisher=False) -> SimpleNamespace:
+    """A calibration in memory by this process alone: what it found by layer and module."""
+    work = Workload(checkpoint, windows, Runtime(device, dtype, batch_size), gram, with_fisher, progress)
+    layers = list(measure_workload(work))
+    fields = ("modules", "grams", "fisher")
+    return SimpleNamespace(
+        influences=[found.influence for found in layers],
+        **{f: {(i, m): v for i, found in enumerate(layers) for m, v in getattr(found, f).items()} for f in fields},
     )
 
 
