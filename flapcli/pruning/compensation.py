@@ -11,7 +11,9 @@ import torch
 from flapcli.architecture.flap_section import adds_bias
 from flapcli.artifacts.stats import Stats
 from flapcli.pruning.cut import ModuleCut
-from flapcli.storage.linear_algebra import cholesky_factor
+from flapcli.storage.linear_algebra import cholesky_factor, solve_in_place
+
+ROWS = 512  # of a matrix are taken at a time where all of them would be one more of its size
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,27 @@ def least_squares(
 ) -> Fit:
     """The kept channels predict the pruned ones: least squares, with a bias or without (METHOD.md, Compensation).
 
-    `gram` (channels, channels) is G, the mean of x xᵀ; the others are as in `mean_bias`. Float64 throughout.
+    `gram` (channels, channels) is G, the mean of x xᵀ; the others are as in `mean_bias`. Float64 throughout, in no more
+    than the Gram matrix and two blocks of it beside what is returned.
     """
-    w, mu, covariance = weight.double(), mean.double(), gram.double()
-    if with_bias:
-        covariance = covariance - torch.outer(mu, mu)
-    solution, raised = torch.zeros(len(kept), len(w), dtype=torch.float64), None
+    mu = mean.double() if with_bias else torch.zeros(len(mean), dtype=torch.float64)
+    w_pruned, moved = weight[:, pruned].double(), weight[:, kept].double()
+    bias = w_pruned @ mu[pruned]
+    before, explained, raised = _power(w_pruned, gram, mean, pruned), 0.0, None
     if len(kept) and len(pruned):
-        target = covariance[kept][:, pruned] @ w[:, pruned].T
-        cholesky, raised = cholesky_factor(covariance[kept][:, kept], ridge)
-        solution = torch.cholesky_solve(target, cholesky)
-    moved = w[:, kept] + solution.T
-    bias = w[:, pruned] @ mu[pruned] - solution.T @ mu[kept] if with_bias else None
-    return Fit(moved, bias, *output_error_shares(weight, kept, pruned, mean, gram, moved, bias), raised)
+        factor = cholesky_factor(lambda: _block(gram, mu, kept, kept), ridge)
+        across = _block(gram, mu, kept, pruned)
+        for rows in _parts(len(weight)):
+            target = w_pruned[rows] @ across.T
+            solution = solve_in_place(factor.cholesky, target.clone().mT).mT
+            # (C + lambda I) S = T: what the fit takes off the error, without another product by C.
+            explained += float((solution * target).sum() + factor.added * solution.square().sum())
+            moved[rows] += solution
+            bias[rows] -= solution @ mu[kept]
+        raised = factor.raised
+    lost = before if with_bias else before + float((w_pruned @ mean[pruned].double()).square().sum())
+    whole = _power(weight, gram, mean, torch.arange(len(mean)))
+    return Fit(moved, bias if with_bias else None, *_shares(before, max(lost - explained, 0.0), whole), raised)
 
 
 def output_error_shares(
@@ -77,15 +87,43 @@ def output_error_shares(
 
     On the activations that mean and Gram matrix are of (METHOD.md, Compensation: output error).
     """
-    w, mu = weight.double(), mean.double()
-    covariance = gram.double() - torch.outer(mu, mu)
-    change = torch.zeros_like(w)
-    change[:, pruned] = -w[:, pruned]
-    whole, before = _power(w, covariance), _power(change, covariance)
-    change[:, kept] = moved.double() - w[:, kept]
+    change, mu, everything = torch.zeros(weight.shape, dtype=torch.float64), mean.double(), torch.arange(len(mean))
+    change[:, pruned] = -weight[:, pruned].double()
+    change[:, kept] = moved.double() - weight[:, kept].double()
     off = change @ mu if bias is None else change @ mu + bias
-    after = _power(change, covariance) + float(off.square().sum())
+    after = _power(change, gram, mean, everything) + float(off.square().sum())
+    whole = _power(weight, gram, mean, everything)
+    return _shares(_power(weight[:, pruned], gram, mean, pruned), after, whole)
+
+
+def _shares(before: float, after: float, whole: float) -> tuple[float, float]:
     return (before / whole, after / whole) if whole > 0 else (0.0, 0.0)
+
+
+def _block(gram: torch.Tensor, mu: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """G - mu muᵀ at these rows and columns, float64; by some rows at a time, so that no second one is made."""
+    block = torch.empty(len(rows), len(columns), dtype=torch.float64)
+    for part in _parts(len(rows)):
+        block[part] = gram[rows[part, None], columns].double() - torch.outer(mu[rows[part]], mu[columns])
+    return block
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(first, first + ROWS) for first in range(0, count, ROWS)]
+
+
+def _power(weight: torch.Tensor, gram: torch.Tensor, mean: torch.Tensor, columns: torch.Tensor) -> float:
+    """tr(W C Wᵀ), the mean square of W x, for a weight (out, |columns|) and C at these columns.
+
+    Of C, which is symmetric, the upper half, some rows at a time.
+    """
+    w, mu, total = weight.double(), mean.double(), 0.0
+    for part in _parts(len(columns)):
+        own, onward = columns[part], slice(part.start, None)
+        block = _block(gram, mu, own, columns[onward])
+        block[:, len(own) :] *= 2
+        total += float(((w[:, part] @ block) * w[:, onward]).sum())
+    return total
 
 
 class Means(NamedTuple):
@@ -104,19 +142,13 @@ def refit_on_means(
 
     `start` is W0 (out, |K|), and `means` hold r, what W0 and the projection's own bias leave to explain.
     """
-    gram, cross = means.xx, means.xr
-    if with_bias:
-        gram, cross = gram - torch.outer(means.x, means.x), cross - torch.outer(means.x, means.r)
+    mu, everything = means.x if with_bias else torch.zeros_like(means.x), torch.arange(len(means.x))
     change, raised = torch.zeros_like(start, dtype=torch.float64), None
-    if len(means.x):
-        cholesky, raised = cholesky_factor(gram, ridge)
-        change = torch.cholesky_solve(cross, cholesky).T
+    if len(mu):
+        factor = cholesky_factor(lambda: _block(means.xx, mu, everything, everything), ridge)
+        change = solve_in_place(factor.cholesky, (means.xr - torch.outer(mu, means.r)).T.clone().mT).mT
+        raised = factor.raised
     return start.double() + change, means.r - change @ means.x if with_bias else None, raised
-
-
-def _power(weight: torch.Tensor, covariance: torch.Tensor) -> float:
-    """tr(W C Wᵀ): the mean square of W x."""
-    return float(((weight @ covariance) * weight).sum())
 
 
 class Compensation(Protocol):

@@ -72,7 +72,7 @@ class ProjectionFit:
         So they compare with the closed form's, although this fit aims at another target: the dense residual stream,
         given the pruned one. Raises FlapError where activations were not finite.
         """
-        means = Means(*(total.cpu().double() / self._tokens for total in self._totals))
+        means = Means(*(total.cpu().double().div_(self._tokens) for total in self._totals))  # in place on a CPU
         if not all(torch.isfinite(mean).all() for mean in means):
             raise FlapError(
                 f"activations of layer {self.cut.layer}, {self.cut.module} are NaN or infinite once the layers before "

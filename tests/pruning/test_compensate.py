@@ -1,6 +1,7 @@
 """Least squares does what METHOD.md says, on random data and through the command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +129,20 @@ def test_lstsq_without_gram_says_what_to_do(tiny, prune, flap, tmp_path):
     run = prune(tiny("llama-gqa"), tmp_path / "run")
     result = flap("apply", "-d", run, "--compensate", "lstsq", code=1)
     assert "run `flap calibrate --gram`" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak of memory")
+def test_no_more_than_two_matrices_beside_the_gram_matrix():
+    """In float64, of which the formulas as they are written would take five."""
+    n, kept = 2048, torch.arange(0, 1700)
+    gram = torch.eye(n).add_(0.1)
+    args = torch.ones(16, n), kept, torch.arange(1700, n), torch.full((n,), 0.1), gram, 0.01
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = resident("VmRSS")
+    least_squares(*args, with_bias=True)
+    assert resident("VmHWM") - before < 2.2 * 8 * n * n
+
+
+def resident(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
