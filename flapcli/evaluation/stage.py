@@ -12,6 +12,7 @@ from flapcli.architecture.flap_section import MadeBy
 from flapcli.artifacts.eval_report import EVAL, EvalReport, Measurement, Speedup, save_report
 from flapcli.artifacts.model_card import renew_card
 from flapcli.artifacts.pruned_folder import PrunedFolder
+from flapcli.artifacts.run_dir import holding
 from flapcli.artifacts.versions import versions
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError, UsageError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["EvalOptions", "SpeedOptions", "evaluate"]
 
 
+@holding
 def evaluate(
     checkpoint_name: str | Path,
     out: Path,

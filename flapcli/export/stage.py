@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from flapcli import __version__
 from flapcli.artifacts.reuse import Kind
+from flapcli.artifacts.run_dir import holding
 from flapcli.checkpoints import DEMO, Checkpoint, GgufCheckpoint, Hub, open_checkpoint
 from flapcli.checkpoints.gguf import metadata_string
 from flapcli.errors import FlapError, problems
@@ -64,6 +65,7 @@ def _load(path: Path) -> Exported:
 GGUF = Kind(_load, lambda _path: False, "exists and flap did not write it: move it away or give another --out")
 
 
+@holding
 def export_gguf(
     name: str | Path,
     out: Path,

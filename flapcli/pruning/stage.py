@@ -12,6 +12,7 @@ from flapcli import __version__
 from flapcli.architecture.flap_section import MadeBy, SourceModel
 from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
 from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, users_files, weights_are_whole
+from flapcli.artifacts.run_dir import holding
 from flapcli.artifacts.stats import Stats, load_header, load_stats
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError
@@ -36,6 +37,7 @@ class ApplyInputs:
     hub: Hub = field(default_factory=Hub)
 
 
+@holding
 def apply(
     plan_path: Path,
     out: Path,

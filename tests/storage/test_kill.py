@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from flapcli.errors import FlapError
-
 KILLS = 22
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -98,21 +96,3 @@ def test_another_calibrations_checkpoint_is_not_gone_on_with(deep, text_file, tm
     interrupted("--force")
     assert "going on" not in calibrate("--force").stderr
     assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
-
-
-def test_two_calibrations_into_one_place(deep, text_file, tmp_path, flap):
-    from flapcli.storage.resume import Resume
-
-    args = ("--dataset", text_file, "--nsamples", 8, "--seqlen", 16, "--stream")
-    with Resume(tmp_path / "stats.safetensors", "another") as other:
-        other.ready()
-        result = flap("calibrate", deep, "-d", tmp_path, *args, code=1)
-    assert "another process is calibrating into" in result.stderr
-    one, two = (Resume(tmp_path / "other.safetensors", key) for key in ("one", "two"))
-    with one, two:  # both came before either had written anything
-        one.ready()
-        with pytest.raises(FlapError, match="another process is calibrating into"):
-            two.ready()
-        assert (one.found, two.found) == (True, False)
-        one.discard()
-    flap("calibrate", deep, "-d", tmp_path, *args)
