@@ -82,6 +82,7 @@ def _header(request: CalibrationRequest, windows: NDArray[np.int64], runtime: Ru
         dtype=dtype_name(runtime.dtype),
         source_sha256=request.text_sha256,
         windows_sha256=windows_sha256(windows),
+        tokenizer_sha256=request.tokenizer_sha256,
         mode="streamed" if streamed else "in-memory",
     )
     shape = request.checkpoint.shape
