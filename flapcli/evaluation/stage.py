@@ -56,6 +56,7 @@ def evaluate(
     models = {"pruned": checkpoint, "dense": dense} if dense else {"model": checkpoint}
     settings = _settings(options, models, execution.device)
     if found and not force and _tokenizers_of(settings) | found.settings == settings and not found.all_failures:
+        _renew_card(checkpoint, checkpoint_name, found, progress)  # which a full disk or a kill may have prevented
         return found, True
     for each in models.values():
         each.refuse_length(options.seqlen)
@@ -66,12 +67,17 @@ def evaluate(
         versions=versions(),
     )  # fmt: skip
     save_report(out, report)
-    if checkpoint.flap and Path(checkpoint_name).exists():  # and not a copy in the hub's cache
+    _renew_card(checkpoint, checkpoint_name, report, progress)
+    return report, False
+
+
+def _renew_card(checkpoint: Checkpoint, name: str | Path, report: EvalReport, progress: Progress) -> None:
+    """Put the figures into the card of a pruned folder, unless it is a copy in the hub's cache."""
+    if checkpoint.flap and Path(name).exists():
         try:
             renew_card(PrunedFolder(checkpoint.path, checkpoint.config, checkpoint.flap), report)
         except FlapError as error:
             progress.note(f"the model card keeps its old figures: {error}")
-    return report, False
 
 
 def check_options(options: EvalOptions, execution: Execution) -> None:

@@ -18,11 +18,10 @@ from platform import node
 from typing import Any, NamedTuple
 
 from flapcli.errors import FlapError
-from flapcli.storage.atomic import NO_SPACE, clear_leftovers, explain, scratch_beside
+from flapcli.storage.atomic import clear_leftovers, scratch_beside
 from flapcli.storage.owner import Owner
 
 BEAT, STALE = 10.0, 90.0  # seconds
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS} | NO_SPACE
 _held: dict[tuple[int, Path], int] = {}  # (thread, lock): how often; a process that forks has other threads
 
 
@@ -31,20 +30,20 @@ def locked(lock: Path, shown: Path, names: Iterable[str]) -> Iterator[None]:
     """Hold the files and folders `names` beside `lock`; within, the same thread may ask again.
 
     What killed processes left of them is cleared first. Raises FlapError where another run is at work there, which
-    is told of `shown`. Where nothing can be written nothing is held: who answers from what is there may go on.
+    is told of `shown`. Where nothing can be written nothing is held: who answers from what is there may go on,
+    and who writes says why not.
     """
     lock = lock.parent.resolve() / lock.name
     key = threading.get_native_id(), lock
     if key in _held:
         yield
         return
-    try:
+    text = None
+    with suppress(OSError):
         made = [folder for folder in lock.parents if not folder.exists()]
         lock.parent.mkdir(parents=True, exist_ok=True)
         text = _take(lock, shown)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise explain(error, shown) from error
+    if text is None:
         yield
         return
     stop = threading.Event()
