@@ -7,7 +7,7 @@ from typing import Any
 
 from flapcli.artifacts.eval_report import EvalReport, Measurement, load_report
 from flapcli.artifacts.plan import Plan
-from flapcli.artifacts.run_dir import RunDir
+from flapcli.artifacts.run_dir import RunDir, holding
 from flapcli.artifacts.sweep_results import SWEEP, Figures, Row, Sweep, save_sweep
 from flapcli.artifacts.versions import versions
 from flapcli.calibration.stage import calibrate
@@ -106,6 +106,7 @@ class _Job:
         return json.loads(json.dumps(record))
 
 
+@holding
 def sweep(
     run: RunDir,
     model: str = DEMO,

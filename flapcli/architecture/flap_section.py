@@ -31,7 +31,9 @@ class SourceModel(Record):
 class MadeBy(Record):
     """What a pruned folder was made from and how; defaults are what folders of older versions stand for.
 
-    `license`, `dataset` and `dataset_sha256` are for the model card and for `flap eval`; nothing else depends on them.
+    `companions_sha256` is of the source's files beside its weights; None of a GGUF, and in folders of older versions,
+    which pass for those of any. `license`, `dataset` and `dataset_sha256` are for the model card and for `flap eval`;
+    nothing else depends on them.
     """
 
     version: str
@@ -46,13 +48,15 @@ class MadeBy(Record):
     dtype: str | None
     max_shard_size: str
     sequential: bool = False
+    companions_sha256: str | None = None
     license: str | None = None
     dataset: str | None = None
     dataset_sha256: str | None = None
 
     def same_as(self, other: Self) -> bool:
-        """Whether both stand for the same folder, whichever version wrote it."""
+        """Whether this, as found, and the other as asked for stand for the same folder, whichever version wrote it."""
         aside = {"version", "license", "dataset", "dataset_sha256"}
+        aside |= {"companions_sha256"} if self.companions_sha256 is None else set()
         return self.model_dump(exclude=aside) == other.model_dump(exclude=aside)
 
 

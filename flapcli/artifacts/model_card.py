@@ -21,8 +21,9 @@ def renew_card(folder: PrunedFolder, report: EvalReport) -> None:
     path = folder.path / "README.md"
     if is_own_card(path):
         card = model_card(folder.config, load_plan(folder.path / "plan.yaml"), report)
-        with atomic_file(path) as scratch:
-            scratch.write_text(card, encoding="utf-8")
+        if card != path.read_text(encoding="utf-8"):
+            with atomic_file(path) as scratch:
+                scratch.write_text(card, encoding="utf-8")
 
 
 def model_card(config: Mapping[str, Any], plan: Plan, report: EvalReport | None) -> str:

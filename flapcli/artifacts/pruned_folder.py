@@ -1,6 +1,7 @@
 """A folder that flap pruned, by its config.json. No torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flapcli.errors import FlapError, UsageError
 from flapcli.storage.hashing import files_below
 from flapcli.storage.safetensors_file import read_header
 
+CARD = "README.md"
 CARD_MARK = "<!-- Written by flap, and anew by `flap eval`; remove this line to keep text of your own. -->"
 
 
@@ -37,6 +39,24 @@ def load_pruned(path: Path) -> PrunedFolder:
     return PrunedFolder(path, config, flap)
 
 
+def is_whole(folder: PrunedFolder, companions: Mapping[str, Path]) -> bool:
+    """Whether all that flap wrote is there as it was written, but for what its user changed.
+
+    Copies of `companions`, the source's files beside its weights, are compared with them.
+    """
+    if not weights_are_whole(folder):
+        return False
+    if folder.flap.files is None:  # of an older version, which kept no list
+        return True
+    sizes, theirs = file_sizes(folder.path), {*users_files(folder), CARD}
+    copies = (name for name in companions if name not in theirs)
+    return (
+        folder.flap.files.keys() <= sizes.keys()
+        and all(sizes[name] == size for name, size in folder.flap.files.items() if name not in theirs)
+        and all(name in sizes and (folder.path / name).read_bytes() == companions[name].read_bytes() for name in copies)
+    )
+
+
 def weights_are_whole(folder: PrunedFolder) -> bool:
     """Whether every weight file that the index names is there in its full length, with the tensors it should hold."""
     try:
@@ -55,7 +75,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def users_files(folder: PrunedFolder) -> list[str]:
     """Files of a pruned folder that are the user's: not on its own list, of another size, or newer than config.json.
 
-    Not its model card, which `flap eval` renews, and not weights that are broken. Empty for folders without a list.
+    Not its model card, which `flap eval` renews, and not files that are broken. Empty for folders without a list.
     """
     listed = folder.flap.files
     if listed is None:
@@ -66,7 +86,7 @@ def users_files(folder: PrunedFolder) -> list[str]:
         path = folder.path / name
         if size == listed.get(name) and path.stat().st_mtime_ns <= written:
             return False
-        return not (is_own_card(path) if name == "README.md" else name in listed and _is_broken(path))
+        return not (is_own_card(path) if name == CARD else name in listed and _is_broken(path))
 
     return [name for name, size in file_sizes(folder.path).items() if is_users(name, size)]
 
@@ -79,16 +99,17 @@ def is_own_card(path: Path) -> bool:
         return False
 
 
-def _is_broken(weights: Path) -> bool:
-    """Whether a file is safetensors that was cut short or scrambled, or an index that names no tensors."""
+def _is_broken(path: Path) -> bool:
+    """Whether a file is empty, safetensors or JSON that was cut short or scrambled, or an index without tensors."""
     try:
-        if weights.suffix == ".safetensors":
-            read_header(weights)
-        elif weights.name == INDEX:
-            return not json.loads(weights.read_bytes())["weight_map"]
-    except (FlapError, OSError, ValueError, KeyError, TypeError):
+        if path.suffix == ".safetensors":
+            read_header(path)
+        elif path.suffix == ".json":
+            found = json.loads(path.read_bytes())
+            return path.name == INDEX and not found["weight_map"]
+        return not path.stat().st_size
+    except (FlapError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return True
-    return False
 
 
 def check_not_source(out: Path, model: Path | str) -> None:

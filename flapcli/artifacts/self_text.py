@@ -24,7 +24,10 @@ class Window(Record):
 
 
 class SelfText(Record):
-    """`model`, `revision` and `fingerprint` are the writer's, `dtype` what it ran in."""
+    """`model`, `revision` and `fingerprint` are the writer's, `dtype` what it ran in.
+
+    `tokenizer_sha256` is of the files that decided token ids, None in older files.
+    """
 
     format: Literal["flap-self/1"] = FORMAT
     model: str
@@ -34,6 +37,7 @@ class SelfText(Record):
     seqlen: int
     seed: int
     dtype: str
+    tokenizer_sha256: str | None = None
     versions: dict[str, str]
     windows: list[Window]
 

@@ -111,7 +111,8 @@ class Calibration(Record):
     """The text that was run and how.
 
     `source_sha256` is of the text where it lies on this machine, `windows_sha256` of the token ids that were run,
-    int64; None in files that were written before flap kept it.
+    int64, `tokenizer_sha256` of the files beside the weights that decide them; None in files that were written before
+    flap kept it.
     """
 
     dataset: str
@@ -123,6 +124,7 @@ class Calibration(Record):
     text_column: str = "text"
     source_sha256: str | None = None
     windows_sha256: str | None = None
+    tokenizer_sha256: str | None = None
     mode: Literal["in-memory", "streamed"] | None = None
 
 

@@ -161,6 +161,7 @@ class CalibrationText:
         if found is None or (force and not self.streamed):
             return None
         same = found.is_of(self.checkpoint.shape, count, self.options.seqlen, self.options.seed)
+        same &= found.tokenizer_sha256 in (None, self.checkpoint.tokenizer_sha256(chats=False))
         sampled_by = (found.model, found.dtype)
         ours = self.streamed or sampled_by == (self.checkpoint.name, dtype_name(self.runtime.dtype))
         return found.array.tolist() if same and ours else None
@@ -175,6 +176,7 @@ class CalibrationText:
             seqlen=self.options.seqlen,
             seed=self.options.seed,
             dtype=dtype_name(self.runtime.dtype),
+            tokenizer_sha256=self.checkpoint.tokenizer_sha256(chats=False),
             versions=versions(),
             windows=[Window(text=text, tokens=ids) for text, ids in zip(texts, tokens, strict=True)],
         )

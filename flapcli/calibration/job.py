@@ -51,20 +51,20 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
     refuse_unlike_ranks(ranks, checkpoint, windows, runtime.dtype)
     header = _header(request, windows, runtime, streamed)
     facts = {"header": header.model_dump(mode="json"), "device": runtime.device.type, "rank": [ranks.rank, ranks.size]}
-    with Resume(request.out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size) as resume:
-        if force:
-            resume.discard()
-        work = Workload(
-            checkpoint, windows[ranks.share(len(windows))], runtime, options.gram, options.fisher,
-            progress, ranks, resume, execution.device_map, text.model,
-        )  # fmt: skip
-        try:
-            _run(request, header, work, resume)
-        except NotFiniteError:
-            resume.discard()
-            raise
-        except OSError as error:
-            raise explain(error, resume.folder) from error
+    resume = Resume(request.out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size)
+    if force:
+        resume.discard()
+    work = Workload(
+        checkpoint, windows[ranks.share(len(windows))], runtime, options.gram, options.fisher,
+        progress, ranks, resume, execution.device_map, text.model,
+    )  # fmt: skip
+    try:
+        _run(request, header, work, resume)
+    except NotFiniteError:
+        resume.discard()
+        raise
+    except OSError as error:
+        raise explain(error, resume.folder) from error
     ranks.agree(None)  # until rank 0 has written all, each may have to go on
     discard_all(request.out)
     return header
@@ -82,6 +82,7 @@ def _header(request: CalibrationRequest, windows: NDArray[np.int64], runtime: Ru
         dtype=dtype_name(runtime.dtype),
         source_sha256=request.text_sha256,
         windows_sha256=windows_sha256(windows),
+        tokenizer_sha256=request.tokenizer_sha256,
         mode="streamed" if streamed else "in-memory",
     )
     shape = request.checkpoint.shape

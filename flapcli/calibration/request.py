@@ -24,10 +24,16 @@ class CalibrationRequest:
         """Hash of the texts that lie on this machine; None where none does."""
         return Mixture.read(str(self.options.dataset)).sha256()
 
+    @cached_property
+    def tokenizer_sha256(self) -> str | None:
+        """Hash of what lies beside the weights and decides token ids."""
+        return self.checkpoint.tokenizer_sha256(Mixture.read(str(self.options.dataset)).may_hold_chats)
+
     def answered_by(self, found: StatsHeader) -> bool:
         """Whether these statistics are what is asked for.
 
-        A dtype that `auto` stands for is as good, and so are Gram matrices and Fisher information on top.
+        A dtype that `auto` stands for is as good, and so are Gram matrices and Fisher information on top. What does
+        not say its tokenizer, of an older version, is taken to be of this one.
         """
         asked = asdict(self.options)
         recorded = {"gram_dtype": "float32", "fisher": False} | found.settings
@@ -40,4 +46,6 @@ class CalibrationRequest:
         model, checkpoint = found.model, self.checkpoint
         theirs = (model.fingerprint, model.name, model.revision)
         same_model = theirs == (checkpoint.fingerprint, checkpoint.name, checkpoint.hub.revision)
-        return same_model and recorded == asked and found.calibration.source_sha256 == self.text_sha256
+        text = found.calibration
+        same_text = text.source_sha256 == self.text_sha256 and text.tokenizer_sha256 in (None, self.tokenizer_sha256)
+        return same_model and recorded == asked and same_text

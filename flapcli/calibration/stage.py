@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flapcli.artifacts.run_dir import hold
 from flapcli.artifacts.stats import STATS, StatsHeader
 from flapcli.calibration.request import CalibrationRequest
 from flapcli.checkpoints import DEMO, Hub, open_checkpoint
@@ -42,7 +43,7 @@ def calibrate(
     mixture = Mixture.read(str(options.dataset))
     _check(options, execution, mixture)
     options = replace(options, dataset=mixture.absolute().name)
-    with _several_ranks(execution.rank_timeout) as ranks:
+    with _several_ranks(execution.rank_timeout) as ranks, hold(out, ranks.rank if ranks else 0):
         request = CalibrationRequest(out, open_checkpoint(model, hub), options, execution)
         request.text_sha256  # noqa: B018  a text that can't be read is told before what lies at `out` is looked at
         current = STATS.current(out, request.answered_by, force)

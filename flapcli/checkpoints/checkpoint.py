@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from flapcli.architecture.family import Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.shape import MODULES, ModelShape, Module, StoredWeights
+from flapcli.checkpoints.companion_files import companion_files, decides_tokens
 from flapcli.checkpoints.locate import Hub
 from flapcli.errors import FlapError, UsageError
 from flapcli.storage.dtypes import ITEM_SIZE
+from flapcli.storage.hashing import files_sha256
 from flapcli.storage.safetensors_file import TensorSpec
 
 if TYPE_CHECKING:
@@ -65,6 +67,21 @@ class Checkpoint(ABC):
     @abstractmethod
     def load_config(self) -> "PreTrainedConfig":
         """The transformers configuration object."""
+
+    @cached_property
+    def companions(self) -> dict[str, Path]:
+        """What lies beside the weights and goes with them, by relative name; none where one file holds all."""
+        return companion_files(self.path) if self.path.is_dir() else {}
+
+    @property
+    def companions_sha256(self) -> str | None:
+        """Hash of all companions; None where the fingerprint says it all."""
+        return files_sha256(self.path, self.companions.values()) if self.companions else None
+
+    def tokenizer_sha256(self, chats: bool) -> str | None:
+        """Hash of the companions that decide token ids, of `chats` too; None where the fingerprint says it all."""
+        files = [path for name, path in self.companions.items() if decides_tokens(name, chats)]
+        return files_sha256(self.path, files) if files else None
 
     @property
     def nbytes(self) -> int:

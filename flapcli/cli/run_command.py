@@ -39,7 +39,7 @@ def run(
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
     from flapcli.artifacts.eval_report import EVAL
     from flapcli.artifacts.pruned_folder import check_not_source
-    from flapcli.artifacts.run_dir import RunDir
+    from flapcli.artifacts.run_dir import RunDir, hold
     from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
     from flapcli.evaluation.stage import known_tasks
     from flapcli.execution.processes import refuse_several_processes
@@ -57,7 +57,8 @@ def run(
         raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
     check_not_source(RunDir(run_dir).pruned, model)
     known_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval))
-    failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
+    with hold(RunDir(run_dir).stats):
+        failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
     if as_json:
         terminal.data(data_of(inspect(run_dir)))
     if failed:

@@ -12,6 +12,7 @@ from flapcli.architecture.flap_section import MadeBy
 from flapcli.artifacts.eval_report import EVAL, EvalReport, Measurement, Speedup, save_report
 from flapcli.artifacts.model_card import renew_card
 from flapcli.artifacts.pruned_folder import PrunedFolder
+from flapcli.artifacts.run_dir import holding
 from flapcli.artifacts.versions import versions
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError, UsageError
@@ -19,7 +20,7 @@ from flapcli.evaluation.task_names import check_names, task_files_sha256, task_m
 from flapcli.execution.settings import EvalOptions, Execution, SpeedOptions
 from flapcli.progress import Progress, Silent
 from flapcli.storage.atomic import require_writable
-from flapcli.texts.corpus import NAMED, check_source, default_text, source_sha256
+from flapcli.texts.corpus import NAMED, check_source, default_text, may_hold_chats, source_sha256
 from flapcli.texts.mixture import SELF, Mixture
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["EvalOptions", "SpeedOptions", "evaluate"]
 
 
+@holding
 def evaluate(
     checkpoint_name: str | Path,
     out: Path,
@@ -53,7 +55,8 @@ def evaluate(
     dense = dense_of(checkpoint.made_by, model, hub) if options.baseline else None
     models = {"pruned": checkpoint, "dense": dense} if dense else {"model": checkpoint}
     settings = _settings(options, models, execution.device)
-    if found and not force and found.settings == settings and not found.all_failures:
+    if found and not force and _tokenizers_of(settings) | found.settings == settings and not found.all_failures:
+        _renew_card(checkpoint, checkpoint_name, found, progress)  # which a full disk or a kill may have prevented
         return found, True
     for each in models.values():
         each.refuse_length(options.seqlen)
@@ -64,12 +67,17 @@ def evaluate(
         versions=versions(),
     )  # fmt: skip
     save_report(out, report)
-    if checkpoint.flap and Path(checkpoint_name).exists():  # and not a copy in the hub's cache
+    _renew_card(checkpoint, checkpoint_name, report, progress)
+    return report, False
+
+
+def _renew_card(checkpoint: Checkpoint, name: str | Path, report: EvalReport, progress: Progress) -> None:
+    """Put the figures into the card of a pruned folder, unless it is a copy in the hub's cache."""
+    if checkpoint.flap and Path(name).exists():
         try:
             renew_card(PrunedFolder(checkpoint.path, checkpoint.config, checkpoint.flap), report)
         except FlapError as error:
             progress.note(f"the model card keeps its old figures: {error}")
-    return report, False
 
 
 def check_options(options: EvalOptions, execution: Execution) -> None:
@@ -84,6 +92,7 @@ def check_options(options: EvalOptions, execution: Execution) -> None:
 def _settings(options: EvalOptions, models: dict[str, Checkpoint], device: str) -> dict[str, Any]:
     """All that decides the figures, as eval.json keeps it."""
     fingerprints = [checkpoint.fingerprint for checkpoint in models.values()]
+    chats = any(map(may_hold_chats, options.perplexity))
     return json.loads(json.dumps(asdict(options))) | {
         "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
         "texts": {text: source_sha256(text) for text in options.perplexity},
@@ -91,7 +100,13 @@ def _settings(options: EvalOptions, models: dict[str, Checkpoint], device: str) 
         "baseline": fingerprints[1] if len(models) > 1 else None,
         "names": [[checkpoint.name, checkpoint.hub.revision] for checkpoint in models.values()],
         "device": device,
+        "tokenizers": [checkpoint.tokenizer_sha256(chats) for checkpoint in models.values()],
     }
+
+
+def _tokenizers_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a report that does not say its tokenizers, of an older version, is taken to be of."""
+    return {"tokenizers": settings["tokenizers"]}
 
 
 def known_tasks(options: EvalOptions, found: EvalReport | None) -> "TaskManager | None":

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from flapcli import __version__
 from flapcli.artifacts.reuse import Kind
+from flapcli.artifacts.run_dir import holding
 from flapcli.checkpoints import DEMO, Checkpoint, GgufCheckpoint, Hub, open_checkpoint
 from flapcli.checkpoints.gguf import metadata_string
 from flapcli.errors import FlapError, problems
@@ -61,9 +62,18 @@ def _load(path: Path) -> Exported:
         raise FlapError(f"{path} was not exported by flap: {problems(error)}") from error
 
 
-GGUF = Kind(_load, lambda _path: False, "exists and flap did not write it: move it away or give another --out")
+def _is_ours(path: Path) -> bool:
+    """Whether a file that can't be read as one of ours begins as one: cut short."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF" and b'"flap-gguf/' in file.read(2**26)
 
 
+GGUF = Kind(_load, _is_ours, "exists and flap did not write it: move it away or give another --out")
+
+
+@holding
 def export_gguf(
     name: str | Path,
     out: Path,
@@ -77,7 +87,8 @@ def export_gguf(
     if checkpoint.path.is_file():
         raise FlapError(f"{name} is a GGUF file already: give a checkpoint folder, such as DIR/pruned")
     model = ExportedModel(name=checkpoint.name, fingerprint=checkpoint.fingerprint)
-    companions = _companions(checkpoint.path)
+    files = [checkpoint.path / "config.json", *checkpoint.companions.values()]
+    companions = files_sha256(checkpoint.path, files)
     made_by = Exported(version=__version__, model=model, outtype=outtype, companions=companions)
     exported = ExportedGguf(out, made_by, advice(checkpoint.shape))
 
@@ -88,11 +99,6 @@ def export_gguf(
         return exported, True
     _write(exported, checkpoint, progress)
     return exported, False
-
-
-def _companions(folder: Path) -> str:
-    """Hash of what the export reads besides weights: configuration, tokenizer, chat template."""
-    return files_sha256(folder, (path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model")))
 
 
 def _write(exported: ExportedGguf, checkpoint: Checkpoint, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flapcli.artifacts.plan import Plan, StatsRef, found_plan, save_plan
+from flapcli.artifacts.run_dir import holding
 from flapcli.artifacts.stats import load_stats
 from flapcli.execution.settings import PlanOptions
 from flapcli.planning.methods import checked, choose
@@ -15,6 +16,7 @@ SHORT = 0.005  # of the ratio asked for: past it a plan that achieves less says 
 __all__ = ["PlanOptions", "plan"]
 
 
+@holding
 def plan(
     stats_path: Path,
     out: Path,

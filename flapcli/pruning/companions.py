@@ -19,10 +19,6 @@ from flapcli.pruning.slicing import FitReport
 from flapcli.storage.dtypes import TABLE
 
 MODELING = "modeling_flap.py"
-COMPANIONS = [
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-    "*.jinja", "chat_template.json", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-]  # fmt: skip
 
 
 def write_companions(folder: Path, layout: Layout, made_by: MadeBy, report: FitReport) -> None:
@@ -93,12 +89,11 @@ def _module(family: Family, module: Module, shape: ModelShape) -> ModuleLayout:
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """Tokenizer, generation settings and licences: copied from a folder, rebuilt from a GGUF's metadata."""
+    """Tokenizer, generation settings, licences and the like: copied from a folder, rebuilt from a GGUF's metadata."""
     if checkpoint.path.is_dir():
-        for pattern in COMPANIONS:
-            for path in checkpoint.path.glob(pattern):
-                if path.is_file() and not (folder / path.name).exists():
-                    shutil.copyfile(path, folder / path.name)
+        for name, path in checkpoint.companions.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
         return
     from transformers import GenerationConfig
 

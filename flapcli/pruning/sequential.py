@@ -4,7 +4,7 @@ One decoder layer at a time, attention before MLP, over all calibration windows 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,16 +67,15 @@ class SequentialFit:
         in_memory = 2 * stream_bytes <= ACTIVATION_MEMORY
         # Three of a stream: one is read, while of the other what is read and what is written are there.
         require_space(folder, layout.nbytes + _fits_bytes(layout) + (0 if in_memory else 3 * stream_bytes))
-        with ExitStack() as stack:
-            files = [stack.enter_context(Resume(folder / "streams" / name, name)) for name in ("dense", "pruned")]
-            hidden = (HiddenStates((*windows.shape, hidden_size), dtype, in_memory, own) for own in files)
-            dense, pruned = (ResidualStream(states, layerwise.device) for states in hidden)
-            run = _Run(self, layout, closed_form, layerwise, dense, pruned, fits)
-            total = PASSES * windows.size * self.checkpoint.shape.num_layers
-            with torch.inference_mode(), progress.task("refit", total, "tokens x passes") as advance:
-                run.over_layers(advance)
-            for own in files:
-                own.discard()
+        files = [Resume(folder / "streams" / name, name) for name in ("dense", "pruned")]
+        hidden = (HiddenStates((*windows.shape, hidden_size), dtype, in_memory, own) for own in files)
+        dense, pruned = (ResidualStream(states, layerwise.device) for states in hidden)
+        run = _Run(self, layout, closed_form, layerwise, dense, pruned, fits)
+        total = PASSES * windows.size * self.checkpoint.shape.num_layers
+        with torch.inference_mode(), progress.task("refit", total, "tokens x passes") as advance:
+            run.over_layers(advance)
+        for own in files:
+            own.discard()
 
 
 def _fits_bytes(layout: Layout) -> int:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from flapcli import __version__
 from flapcli.architecture.flap_section import MadeBy, SourceModel
 from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
-from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, users_files, weights_are_whole
+from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, is_whole, users_files
+from flapcli.artifacts.run_dir import holding
 from flapcli.artifacts.stats import Stats, load_header, load_stats
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError
@@ -36,6 +37,7 @@ class ApplyInputs:
     hub: Hub = field(default_factory=Hub)
 
 
+@holding
 def apply(
     plan_path: Path,
     out: Path,
@@ -63,11 +65,14 @@ def apply(
         model=SourceModel(name=checkpoint.name, revision=hub.revision, fingerprint=checkpoint.fingerprint),
         plan_sha256=sha256(plan_path),
         stats_sha256=plan.stats.sha256,
+        companions_sha256=checkpoint.companions_sha256,
         **asdict(options),
     )
-    if found := PRUNED.current(
-        out, lambda found: found.flap.made_by.same_as(made_by) and weights_are_whole(found), force
-    ):
+
+    def same(found: PrunedFolder) -> bool:
+        return found.flap.made_by.same_as(made_by) and is_whole(found, checkpoint.companions)
+
+    if found := PRUNED.current(out, same, force):
         return found, True
     keep_old = _keeps_old(out, force, progress)
     stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None

@@ -3,14 +3,19 @@
 import errno
 import itertools
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flapcli.errors import FlapError
+from flapcli.storage.owner import Owner
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+KINDS = ("tmp", "old", "gone")  # of scratch names
+LONG = 7 * 24 * 3600  # seconds since a scratch was written to, after which nobody is at it, wherever they ran
 
 
 @contextmanager
@@ -21,7 +26,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     and what it points to is replaced.
     """
     target = target.resolve() if target.is_symlink() else target
-    scratch = _scratch(target)
+    scratch = scratch_beside(target)
     try:
         yield scratch
         _flush(scratch)
@@ -42,8 +47,7 @@ def atomic_folder(target: Path, keep_old: bool = False) -> Iterator[Path]:
     replaced.
     """
     target = target.resolve() if target.is_symlink() else target
-    _recover(target)
-    scratch = _scratch(target)
+    scratch = scratch_beside(target)
     try:
         scratch.mkdir()
         yield scratch
@@ -58,15 +62,10 @@ def atomic_folder(target: Path, keep_old: bool = False) -> Iterator[Path]:
 
 def require_writable(target: Path) -> None:
     """Raise FlapError where no file can be made beside `target`: before the work whose result it is for."""
-    there = next(folder for folder in target.absolute().parents if folder.exists())
-    scratch = _scratch(target).absolute()
+    scratch = scratch_beside(target)
     try:
         scratch.touch()
         scratch.unlink()
-        for folder in scratch.parents:  # those that were made for this alone
-            if folder == there:
-                break
-            folder.rmdir()
     except OSError as error:
         raise explain(error, target) from error
 
@@ -103,7 +102,7 @@ def _swap(scratch: Path, target: Path, kept: Path | None) -> None:
     if not target.exists():
         os.rename(scratch, target)
         return
-    old = kept or _scratch(target, "old")
+    old = kept or scratch_beside(target, "old")
     os.rename(target, old)
     try:
         os.rename(scratch, target)
@@ -114,18 +113,9 @@ def _swap(scratch: Path, target: Path, kept: Path | None) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _recover(target: Path) -> None:
-    """Put back what a process that was killed between both renames of `_swap` left aside."""
-    if not target.exists():
-        for old in _leftovers(target, "old"):
-            with suppress(OSError):
-                os.rename(old, target)
-                return
-
-
 def remove_folder(target: Path) -> None:
     """Delete a folder that is there; renamed first, so that it is never half there."""
-    old = _scratch(target, "gone")
+    old = scratch_beside(target, "gone")
     try:
         os.rename(target, old)
     except OSError as error:
@@ -133,31 +123,44 @@ def remove_folder(target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _scratch(target: Path, kind: str = "tmp") -> Path:
-    """A hidden sibling of `target` named after this process; leftovers of dead ones are removed."""
+def scratch_beside(target: Path, kind: str = "tmp") -> Path:
+    """A new hidden sibling of `target`, named after this process wherever it runs; leftovers of dead ones are removed.
+
+    Raises FlapError where the folder can't be made.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explain(error, target) from error
-    for left in _leftovers(target, kind):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return target.parent / f".{target.name}.{kind}-{os.getpid()}"
+    clear_leftovers(target)
+    return target.parent / f".{target.name}.{kind}-{Owner.here()}-{secrets.token_hex(4)}"
 
 
-def _leftovers(target: Path, kind: str) -> Iterator[Path]:
-    """Hidden siblings of `target` that dead processes left, or this one."""
-    for left in list(target.parent.glob(f".{target.name}.{kind}-*")):
-        pid = left.name.rpartition("-")[2]
-        if pid == str(os.getpid()) or not (pid.isdigit() and _alive(int(pid))):
-            yield left
+def clear_leftovers(target: Path, held: bool = False) -> None:
+    """Remove hidden siblings of `target` that processes left which have ended; those from elsewhere too where `held`.
+
+    Put back what one that was killed between both renames of `_swap` left aside.
+    """
+    begin = f".{target.name}."
+    with suppress(OSError):  # a folder that can't be listed, or somebody else clears it
+        for left in [path for path in target.parent.iterdir() if path.name.startswith(begin)]:
+            kind, _, rest = left.name.removeprefix(begin).partition("-")
+            owner = Owner.read(rest.rpartition("-")[0])
+            if kind in KINDS and owner and (owner.has_ended or _is_abandoned(left, owner, held)):
+                _clear(left, target, kind)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # another user's process
-    return True
+def _is_abandoned(left: Path, owner: Owner, held: bool) -> bool:
+    return not owner.is_here and (held or time.time() - left.stat().st_mtime > LONG)
+
+
+def _clear(left: Path, target: Path, kind: str) -> None:
+    if kind == "old" and not target.exists():
+        os.rename(left, target)
+    elif left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink()
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -69,6 +69,11 @@ def check_source(source: str, option: str, names: Sequence[str] = NAMED) -> None
         raise UsageError(f"{option} {source}: no such file")
 
 
+def may_hold_chats(source: str) -> bool:
+    """Whether a text is of rows, which chat templates lay out where they are chats."""
+    return Path(source).suffix in FILE_TYPES[1:]
+
+
 def source_sha256(source: str) -> str | None:
     """Hash of a text on this machine; None for one from the hub."""
     if source in HUB_TEXTS:

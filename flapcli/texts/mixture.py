@@ -10,7 +10,7 @@ from os.path import isfile  # which is False, where Path.is_file raises, for wha
 from pathlib import Path
 
 from flapcli.errors import UsageError
-from flapcli.texts.corpus import NAMED, check_source, source_sha256
+from flapcli.texts.corpus import NAMED, check_source, may_hold_chats, source_sha256
 
 SELF = "self"  # text that the model itself writes
 PART = re.compile(r"(?P<source>.+?):(?P<weight>\d+(?:\.\d+)?(?:e-\d+)?)(?:\+|$)")
@@ -64,6 +64,11 @@ class Mixture:
                 f"--dataset {none}: its share of {nsamples} windows is none: raise --nsamples or its weight"
             )
         return found
+
+    @property
+    def may_hold_chats(self) -> bool:
+        """Whether a source is of a kind that can hold chat messages."""
+        return any(map(may_hold_chats, self.sources))
 
     def check(self) -> None:
         """Raise UsageError unless every source is `self`, a known name or a file of a type that we read."""

@@ -1,19 +1,48 @@
-"""Killed with SIGKILL anywhere, calibrate goes on and apply starts over; nothing that looks done is left."""
+"""Killed with SIGKILL anywhere, or out of disk, a stage goes on or starts over; nothing that looks done is left."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from support.stages import STAGES
 from transformers import LlamaConfig
 
-from flapcli.errors import FlapError
+TESTS = Path(__file__).parents[1]
+MEMORY = "/dev/shm"  # where flushing to disk costs nothing
 
-KILLS = 22
-SUPPORT = Path(__file__).parents[1] / "support"
+
+def run(module: str, *arguments: object) -> dict[str, dict]:
+    """What a module of tests/support prints of each stage, by its name."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if Path(MEMORY).is_dir() else None) as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", f"support.{module}", folder, *map(str, arguments)],
+            capture_output=True, text=True, check=False, cwd=TESTS,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return {row["stage"]: row for row in map(json.loads, lines)}
+
+
+def test_killed_anywhere_every_stage_ends_as_if_it_had_not_been():
+    found = run("kill", 10, 0)
+    assert {name: row["kills"] for name, row in found.items()} == dict.fromkeys(STAGES, 10)
+    assert all(found[name]["went_on"] for name in list(STAGES)[1:4])
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs to mount a tmpfs")
+def test_a_full_disk_is_named_and_nothing_half_done_is_left():
+    found = run("full", 3)
+    assert {name: row["points"] for name, row in found.items()} == dict.fromkeys(STAGES, 3)
+    assert all(row["exit 1"] for row in found.values())
 
 
 @pytest.fixture(scope="module")
@@ -27,46 +56,6 @@ def deep(tmp_path_factory):
         return models.make_tiny(tmp_path_factory.mktemp("deep"), "deep", shard="100KB", dtype=torch.bfloat16)
     finally:
         del models.CONFIGS["deep"]
-
-
-def kill(folder: Path, arguments: list, artifact: str, setup: str = "", kills: int = KILLS) -> dict:
-    """Runs kill.py on `flap ARGUMENTS --out ARTIFACT`; returns what it reports."""
-    task = {"kills": kills, "seed": 0, "setup": setup}
-    for name in ("expected", "result"):
-        path = folder / name / artifact
-        path.parent.mkdir(parents=True)
-        task[name] = {"arguments": [str(a) for a in (*arguments, "--debug", "--out", path)], "path": str(path)}
-    (folder / "task.json").write_text(json.dumps(task))
-    done = subprocess.run(
-        [sys.executable, SUPPORT / "kill.py", folder / "task.json"],
-        capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
-    print(outcome)
-    assert outcome["killed"] == kills
-    return outcome
-
-
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "--stream", "--stream --activation-memory 1KB", "--stream --gram", "--no-stream", "--no-stream --gram",
-        "--stream --fisher --gram", "--no-stream --fisher",
-    ],
-)  # fmt: skip
-def test_calibrate_goes_on(mode, deep, text_file, tmp_path):
-    every_batch = "import flapcli.calibration.in_memory as c; c.SECONDS_BETWEEN = c.TIMES_ITS_COST = 0"
-    arguments = ["calibrate", deep, "--dataset", text_file, "--nsamples", 96, "--seqlen", 32, "--batch-size", 4]
-    kills = KILLS // 2 if "--fisher" in mode else KILLS  # a way back, too, which takes as long again
-    outcome = kill(tmp_path, [*arguments, *mode.split()], "stats.safetensors", every_batch, kills)
-    assert outcome["went_on"] > 3
-
-
-def test_apply_starts_over(deep, prune, tmp_path):
-    run = prune(deep, tmp_path / "run")
-    kill(tmp_path, ["apply", "-d", run, "--max-shard-size", "60KB"], "pruned")
 
 
 def test_another_calibrations_checkpoint_is_not_gone_on_with(deep, text_file, tmp_path, flap, monkeypatch):
@@ -98,21 +87,3 @@ def test_another_calibrations_checkpoint_is_not_gone_on_with(deep, text_file, tm
     interrupted("--force")
     assert "going on" not in calibrate("--force").stderr
     assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
-
-
-def test_two_calibrations_into_one_place(deep, text_file, tmp_path, flap):
-    from flapcli.storage.resume import Resume
-
-    args = ("--dataset", text_file, "--nsamples", 8, "--seqlen", 16, "--stream")
-    with Resume(tmp_path / "stats.safetensors", "another") as other:
-        other.ready()
-        result = flap("calibrate", deep, "-d", tmp_path, *args, code=1)
-    assert "another process is calibrating into" in result.stderr
-    one, two = (Resume(tmp_path / "other.safetensors", key) for key in ("one", "two"))
-    with one, two:  # both came before either had written anything
-        one.ready()
-        with pytest.raises(FlapError, match="another process is calibrating into"):
-            two.ready()
-        assert (one.found, two.found) == (True, False)
-        one.discard()
-    flap("calibrate", deep, "-d", tmp_path, *args)

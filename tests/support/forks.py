@@ -1,8 +1,8 @@
-"""Starts groups of ranks for tests as forks of this process, so that only one process pays for the imports.
+"""Starts commands of flap as forks of this process, so that only one process pays for the imports.
 
-Reads jobs as JSON lines: `arguments` of flap, and `ranks`, a list of environments. Answers each with one JSON line,
-the exit code, stdout and stderr of every rank. DIE_AFTER (batches) in an environment makes that rank die by SIGKILL
-after so many, and FAIL by an error of its own.
+As a program it starts groups of ranks. Reads jobs as JSON lines: `arguments` of flap, and `ranks`, a list of
+environments. Answers each with one JSON line, the exit code, stdout and stderr of every rank. DIE_AFTER (batches) in an
+environment makes that rank die by SIGKILL after so many, and FAIL by an error of its own.
 """
 
 import json
@@ -18,20 +18,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.mistral import modeling_mistral  # noqa: F401
 
-import flapcli.calibration.job  # noqa: F401
+import flapcli.calibration.job
+import flapcli.pruning.companions
+import flapcli.pruning.sequential
+import flapcli.pruning.slicing  # noqa: F401
 from flapcli.calibration.recorder import Recorder
 from flapcli.cli.app import app
 from flapcli.errors import FlapError
 
 
 def start(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> int:
+    """A child that runs one command, appends what it says to files and exits with its code."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         for number, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         signal.alarm(90)  # a rank that hangs ends, and fails its test
         os.environ.update(environment)
         torch.set_num_threads(1)
@@ -46,6 +50,10 @@ def start(arguments: list[str], environment: dict[str, str], out: Path, err: Pat
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def die_after(batches: int) -> None:
@@ -68,7 +76,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             files = [(Path(scratch, f"{i}.out"), Path(scratch, f"{i}.err")) for i in range(len(job["ranks"]))]
             children = [start(job["arguments"], env, *f) for env, f in zip(job["ranks"], files, strict=True)]
-            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            codes = [wait(child) for child in children]
             texts = [(out.read_text(), err.read_text()) for out, err in files]
         answer = [(code, out, err) for code, (out, err) in zip(codes, texts, strict=True)]
         print(json.dumps(answer), flush=True)

@@ -1,11 +1,11 @@
 """Kills real processes at random points: `flap` commands in forks of this process, so that a try costs no import.
 
-    python tests/support/kill.py TASK.json
+    python -m support.kill FOLDER KILLS SEED [STAGE ...]     from tests/
 
-The task: `expected` and `result` are arguments of flap and where their artifact lies; `setup` is Python to run
-first. The first command runs undisturbed. Then tries of the second are ended by SIGKILL after a random share of
-the time that the first took, each going on with whatever the one before left, until `kills` were killed. Whenever
-an artifact is there it must equal the expected one in every byte. Prints what happened as JSON.
+Of each of STAGES the command is ended KILLS times by SIGKILL after a random share of the time that it takes
+undisturbed, each try going on with whatever the one before left, from a folder without and with an older artifact.
+After each kill every artifact must be absent, old or whole, and a run that ends must leave the very bytes of the
+undisturbed one and nothing else. Prints what happened as a line of JSON for each stage.
 """
 
 import json
@@ -15,78 +15,54 @@ import shutil
 import signal
 import sys
 import time
-import traceback
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-
-import flapcli.calibration.job
-import flapcli.pruning.companions
-import flapcli.pruning.sequential
-import flapcli.pruning.slicing  # noqa: F401
-from flapcli.cli.app import app
+from support.forks import wait
+from support.stages import STAGES, Place, contents
 
 
-def start(arguments: list[str], log: Path) -> int:
-    """A child that runs one command and exits with its code."""
-    child = os.fork()
-    if child:
-        return child
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    code = 1
-    try:
-        app(arguments)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    if path.is_file():
-        return {"": path.read_bytes()}
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+def killed(place: Place, name: str, kills: int, seed: int) -> dict[str, Any]:
+    """What happened to one stage, in numbers."""
+    command, draw, bases = STAGES[name].command, random.Random(f"{name} {seed}"), place.bases(name)
+    takes, expected = {}, {}
+    for base in bases:
+        place.restore(base)
+        began = time.monotonic()
+        place.do(command)
+        takes[base], expected[base] = time.monotonic() - began, place.folder / f"{base}, done"
+        shutil.rmtree(expected[base], ignore_errors=True)
+        shutil.copytree(place.run, expected[base])
+    place.log.write_text("")
+    seen, tries, finished, base = Counter(), 0, 0, draw.choice(bases)
+    place.restore(base)
+    while True:
+        child = place.begin(command)
+        if tries < kills and draw.random() < 0.7:  # else it is let end, to be compared
+            time.sleep(takes[base] * draw.uniform(0.02, 1))
+            os.kill(child, signal.SIGKILL)
+        code = wait(child)
+        assert code in (0, -signal.SIGKILL), place.log.read_text()[-3000:]
+        if code:
+            tries += 1
+            seen.update(place.states(name, base, expected[base]))
+            continue
+        assert contents(place.run, card=True) == contents(expected[base], card=True), f"{name}: other bytes"
+        finished, base = finished + 1, draw.choice(bases)
+        if tries == kills:
+            break
+        place.restore(base)
+    went_on = place.log.read_text().count("going on")
+    return {"stage": name, "kills": kills, "finished": finished, "went_on": went_on, **seen,
+            "seconds": round(max(takes.values()), 2)}  # fmt: skip
 
 
 def main() -> None:
-    task = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    exec(task["setup"], {})
-    log = Path(sys.argv[1]).with_suffix(".log")
-    (expected_arguments, expected_path), (arguments, result) = (
-        (task[name]["arguments"], Path(task[name]["path"])) for name in ("expected", "result")
-    )
-    began = time.monotonic()
-    assert wait(start(expected_arguments, log)) == 0, log.read_text()
-    takes = time.monotonic() - began
-    expected = contents(expected_path)
-    draw = random.Random(task["seed"])
-    outcome = {"killed": 0, "finished": 0, "seconds": round(takes, 2)}
-    while True:
-        child = start(arguments, log)
-        if outcome["killed"] < task["kills"]:
-            time.sleep(takes * draw.uniform(0.05, 1))
-            os.kill(child, signal.SIGKILL)
-        code = wait(child)
-        assert code in (0, -signal.SIGKILL), log.read_text()
-        if result.exists():
-            assert contents(result) == expected, f"after {outcome}: {result} is there and is not what it should be"
-            shutil.rmtree(result) if result.is_dir() else result.unlink()
-        if code == 0 and outcome["killed"] == task["kills"]:
-            break
-        outcome["killed" if code else "finished"] += 1
-    assert [path.name for path in result.parent.iterdir()] == [], "something is left behind"
-    outcome["went_on"] = log.read_text().count("going on")
-    print(json.dumps(outcome))
+    folder, kills, seed, *names = sys.argv[1:]
+    place = Place(Path(folder))
+    for name in names or STAGES:
+        print(json.dumps(killed(place, name, int(kills), int(seed))), flush=True)
 
 
 if __name__ == "__main__":
