@@ -21,7 +21,7 @@ MAX_LAYERS, MAX_SIZE = 10**5, 10**8
 
 def _is_size(name: str, value: object) -> bool:
     """Whether config.json gives what can be a model's size, or nothing."""
-    return value is None or (type(value) is int and 0 <= value <= (MAX_LAYERS if name == "num_layers" else MAX_SIZE))
+    return value is None or (type(value) is int and 0 < value <= (MAX_LAYERS if name == "num_layers" else MAX_SIZE))
 
 
 class ModuleDescription(Record):

@@ -1,11 +1,14 @@
 """The sizes of a model that planning needs, without the model."""
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
 
 from flapcli.storage.record import Record
 
 Module = Literal["attention", "mlp"]
 MODULES: tuple[Module, Module] = ("attention", "mlp")
+Count = Annotated[int, Field(gt=0, le=10**8)]
 Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
 
 
@@ -40,12 +43,12 @@ class ModelShape(Record):
     revision: str | None = None
     fingerprint: str
     family: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_layers: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
     parameters: int
     mlp_projections: int
     unit_biases: dict[Module, int]
