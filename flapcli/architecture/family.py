@@ -147,7 +147,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     if family := families().get(str(model_type)):
         return family
     known = ", ".join(families())
-    raise FlapError(f"{where}: model_type {json.dumps(model_type)} is not supported; flap prunes: {known}")
+    raise FlapError(f"{where}: model_type {json.dumps(model_type):.80} is not supported; flap prunes: {known}")
 
 
 def family_of_gguf(architecture: str, where: str) -> Family:
@@ -156,4 +156,4 @@ def family_of_gguf(architecture: str, where: str) -> Family:
         if family.gguf.architecture == architecture:
             return family
     known = ", ".join(sorted({family.gguf.architecture for family in families().values()}))
-    raise FlapError(f"{where}: GGUF architecture {architecture!r} is not supported; flap reads: {known}")
+    raise FlapError(f"{where}: GGUF architecture {architecture!r:.80} is not supported; flap reads: {known}")

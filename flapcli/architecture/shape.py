@@ -1,6 +1,6 @@
 """The sizes of a model that planning needs, without the model."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -9,6 +9,8 @@ from flapcli.storage.record import Record
 Module = Literal["attention", "mlp"]
 MODULES: tuple[Module, Module] = ("attention", "mlp")
 Count = Annotated[int, Field(gt=0, le=10**8)]
+T = TypeVar("T")
+PerModule = Annotated[dict[Module, T], Field(min_length=len(MODULES))]
 Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
 
 
@@ -29,7 +31,7 @@ class StoredWeights(Record):
 
     bytes: int
     itemsize: tuple[int, int]
-    output_biases: dict[Module, int]
+    output_biases: PerModule[int]
 
 
 class ModelShape(Record):
@@ -51,7 +53,7 @@ class ModelShape(Record):
     head_dim: Count
     parameters: int
     mlp_projections: int
-    unit_biases: dict[Module, int]
+    unit_biases: PerModule[int]
     layers: tuple[LayerShape, ...]
     weights: StoredWeights | None = None
 

@@ -10,7 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module
+from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module, PerModule
 from flapcli.artifacts.target import Target
 from flapcli.errors import FlapError, problems
 from flapcli.storage.atomic import atomic_file
@@ -57,7 +57,7 @@ class Parameters(Record):
     kept: Count
     model: Count
     model_after: Count
-    per_unit: dict[Module, UnitSize]
+    per_unit: PerModule[UnitSize]
 
 
 class ModulePlan(Record):
@@ -185,7 +185,10 @@ def load_plan(path: Path) -> Plan:
     if wrong := "; ".join(_problems(plan)):
         raise FlapError(f"{path}: {wrong}")
     parameters = plan.parameters
-    totals = _totals(plan.layers, parameters.model, parameters.per_unit, plan.ratio.requested)
+    try:
+        totals = _totals(plan.layers, parameters.model, parameters.per_unit, plan.ratio.requested)
+    except ValidationError as error:
+        raise FlapError(f"{path}: more goes than the model has parameters: {problems(error)}") from error
     return plan.model_copy(update=totals)
 
 

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapcli.architecture.family import Family, family_of
+from flapcli.architecture.family import MAX_SIZE, Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.shape import MODULES, ModelShape, Module, StoredWeights
 from flapcli.checkpoints.locate import Hub
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+FEW_LAYERS = 1000  # up to which missing tensors are named one by one
 
 
 class Checkpoint(ABC):
@@ -72,6 +75,7 @@ class Checkpoint(ABC):
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Raises FlapError where there is none, or none that can be loaded."""
+        self.shape  # noqa: B018  what the configuration says is checked before transformers reads it
         try:
             return self._load_tokenizer()
         except Exception as error:  # what broken files raise is of every kind
@@ -131,6 +135,7 @@ class Checkpoint(ABC):
         self._refuse_quantised()
         self._refuse_odd_settings()
         sizes = self.family.read_sizes(self.config)
+        self._refuse_layers(sizes["num_layers"], len(self.stored))
         shape = ModelShape(
             name=self.name,
             revision=self.hub.revision,
@@ -171,6 +176,11 @@ class Checkpoint(ABC):
                 f"--seqlen {seqlen}: {self.name} has {limit} positions (max_position_embeddings): lower it"
             )
 
+    def _refuse_layers(self, layers: int, tensors: int) -> None:
+        """Raise FlapError for more layers than there are tensors, before anything is reserved for them."""
+        if layers > max(tensors, FEW_LAYERS):
+            raise FlapError(f"{self.name}: its configuration says {layers:,} layers, and it holds {tensors:,} tensors")
+
     def _refuse_quantised(self) -> None:
         """Raise FlapError where config.json says that weights are quantised, which every loader would act on."""
         if quantised := self.config.get("quantization_config"):
@@ -187,6 +197,7 @@ class Checkpoint(ABC):
         fine: dict[str, Callable[[Any], bool]] = {
             "dtype": lambda value: value in known,
             "torch_dtype": lambda value: value in known,
+            "vocab_size": lambda value: value is None or (type(value) is int and 0 < value <= MAX_SIZE),
             "_attn_implementation": lambda value: value is None or isinstance(value, str | dict),
             "max_position_embeddings": lambda value: value is None or (type(value) is int and value > 0),
         }

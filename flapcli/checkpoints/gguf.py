@@ -65,6 +65,7 @@ class GgufCheckpoint(Checkpoint):
         if scaling != "none":
             raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
         sizes = {key: value for key, value in found.items() if value is not None}
+        self._refuse_layers(self.family.read_sizes(sizes)["num_layers"], len(self.header.tensors))
         try:
             config = AutoConfig.for_model(
                 self.family.model_type,
