@@ -8,7 +8,7 @@ from flapcli.storage.record import Record
 
 Module = Literal["attention", "mlp"]
 MODULES: tuple[Module, Module] = ("attention", "mlp")
-Count = Annotated[int, Field(gt=0, le=10**8)]
+Extent = Annotated[int, Field(gt=0, le=10**8)]
 T = TypeVar("T")
 PerModule = Annotated[dict[Module, T], Field(min_length=len(MODULES))]
 Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
@@ -45,12 +45,12 @@ class ModelShape(Record):
     revision: str | None = None
     fingerprint: str
     family: str
-    num_layers: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count
-    head_dim: Count
+    num_layers: Extent
+    hidden_size: Extent
+    intermediate_size: Extent
+    num_attention_heads: Extent
+    num_key_value_heads: Extent
+    head_dim: Extent
     parameters: int
     mlp_projections: int
     unit_biases: PerModule[int]

@@ -151,7 +151,7 @@ def parse_ranges(text: str) -> NDArray[np.int64]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part, re.ASCII)
         if not match:
-            raise ValueError(f"{part.strip()!r} is neither an index nor a range such as 3-7")
+            raise ValueError(f"{part.strip()!r:.60} is neither an index nor a range such as 3-7")
         first, last = int(match[1]), int(match[2] or match[1])
         room -= last - first + 1
         if last < first or room < 0:
@@ -182,8 +182,9 @@ def load_plan(path: Path) -> Plan:
         plan = Plan.model_validate(raw)
     except ValidationError as error:
         raise FlapError(f"{path}: {problems(error)}") from error
-    if wrong := "; ".join(_problems(plan)):
-        raise FlapError(f"{path}: {wrong}")
+    if wrong := list(_problems(plan)):
+        more = f" and {len(wrong) - 8} more" if wrong[8:] else ""
+        raise FlapError(f"{path}: {'; '.join(wrong[:8])}{more}")
     parameters = plan.parameters
     try:
         totals = _totals(plan.layers, parameters.model, parameters.per_unit, plan.ratio.requested)

@@ -170,6 +170,7 @@ class Checkpoint(ABC):
 
     def refuse_length(self, seqlen: int) -> None:
         """Raise UsageError for windows of more tokens than the model has positions."""
+        self.shape  # noqa: B018  which refuses a limit that is none
         limit = self.config.get("max_position_embeddings")
         if limit is not None and seqlen > limit:
             raise UsageError(

@@ -152,6 +152,7 @@ def test_plans(run, tmp_path):
     tree = yaml.safe_load(valid)
     alone = tree["parameters"] | {"per_unit": {"mlp": tree["parameters"]["per_unit"]["mlp"]}}
     odd = [tree | {"parameters": bad} for bad in (alone, tree["parameters"] | {"model": 1})]
+    odd.append(tree | {"layers": [tree["layers"][0] | {"mlp": tree["layers"][0]["mlp"] | {"keep": "9" * 5000}}]})
     contents = mutated(valid) | spoilt(tree).map(as_json) | st.binary(max_size=60)
     fuzz(read, tmp_path / "plan.yaml", contents, b"format: 2020-99-99", b"9" * 5000, *map(as_json, odd))
 
