@@ -29,11 +29,14 @@ def only_with(main: str, given: bool, others: dict[str, bool]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's text, and those that it announces by a colon, for messages of one line."""
+    first, *rest = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    while first.endswith(":") and rest:
+        first += f" {rest.pop(0)}"
+    return first[:400]
 
 
 def problems(error: "ValidationError") -> str:
     """The first of all that pydantic found wrong, each with its place, on one line."""
     found = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()[:8]]
-    return "; ".join(f"{place}: {what}" if place else what for place, what in found)
+    return "; ".join(f"{place:.80}: {what:.200}" if place else what for place, what in found)

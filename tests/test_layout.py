@@ -33,9 +33,9 @@ ROOMS = {
     "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
     "reuse target versions",
     "checkpoints": "__init__ bin_folder column_norms gguf gguf_header huggingface checkpoint companion_files locate "
-    "shards",
+    "shards weight_index",
     "architecture": "family flap_section modeling_flap rope shape",
-    "storage": "hashing linear_algebra lock resume atomic owner safetensors_file record dtypes sizes",
+    "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",
 }
 ORDER = [f"{room.strip()}.{name}".strip(".") for room, names in ROOMS.items() for name in names.split()]

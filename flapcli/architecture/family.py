@@ -21,7 +21,7 @@ MAX_LAYERS, MAX_SIZE = 10**5, 10**8
 
 def _is_size(name: str, value: object) -> bool:
     """Whether config.json gives what can be a model's size, or nothing."""
-    return value is None or (type(value) is int and 0 <= value <= (MAX_LAYERS if name == "num_layers" else MAX_SIZE))
+    return value is None or (type(value) is int and 0 < value <= (MAX_LAYERS if name == "num_layers" else MAX_SIZE))
 
 
 class ModuleDescription(Record):
@@ -147,7 +147,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     if family := families().get(str(model_type)):
         return family
     known = ", ".join(families())
-    raise FlapError(f"{where}: model_type {json.dumps(model_type)} is not supported; flap prunes: {known}")
+    raise FlapError(f"{where}: model_type {json.dumps(model_type):.80} is not supported; flap prunes: {known}")
 
 
 def family_of_gguf(architecture: str, where: str) -> Family:
@@ -156,4 +156,4 @@ def family_of_gguf(architecture: str, where: str) -> Family:
         if family.gguf.architecture == architecture:
             return family
     known = ", ".join(sorted({family.gguf.architecture for family in families().values()}))
-    raise FlapError(f"{where}: GGUF architecture {architecture!r} is not supported; flap reads: {known}")
+    raise FlapError(f"{where}: GGUF architecture {architecture!r:.80} is not supported; flap reads: {known}")

@@ -1,11 +1,16 @@
 """The sizes of a model that planning needs, without the model."""
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from pydantic import Field
 
 from flapcli.storage.record import Record
 
 Module = Literal["attention", "mlp"]
 MODULES: tuple[Module, Module] = ("attention", "mlp")
+Extent = Annotated[int, Field(gt=0, le=10**8)]
+T = TypeVar("T")
+PerModule = Annotated[dict[Module, T], Field(min_length=len(MODULES))]
 Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
 
 
@@ -26,7 +31,7 @@ class StoredWeights(Record):
 
     bytes: int
     itemsize: tuple[int, int]
-    output_biases: dict[Module, int]
+    output_biases: PerModule[int]
 
 
 class ModelShape(Record):
@@ -40,15 +45,15 @@ class ModelShape(Record):
     revision: str | None = None
     fingerprint: str
     family: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_layers: Extent
+    hidden_size: Extent
+    intermediate_size: Extent
+    num_attention_heads: Extent
+    num_key_value_heads: Extent
+    head_dim: Extent
     parameters: int
     mlp_projections: int
-    unit_biases: dict[Module, int]
+    unit_biases: PerModule[int]
     layers: tuple[LayerShape, ...]
     weights: StoredWeights | None = None
 

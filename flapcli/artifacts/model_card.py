@@ -110,7 +110,8 @@ def _figures(report: EvalReport) -> str:
     seqlen = report.settings.get("seqlen")
     lines = [f"| perplexity (windows of {seqlen} tokens) | pruned | dense |", "|---|---|---|"]
     for text, value in report.perplexity.items():
-        dense = f"{report.baseline.perplexity[text]:.2f}" if report.baseline else "not measured"
+        measured = report.baseline.perplexity.get(text) if report.baseline else None
+        dense = f"{measured:.2f}" if measured else "not measured"
         lines.append(f"| {Path(text).name} | {value:.2f} | {dense} |")
     return "\n".join(lines)
 

@@ -3,20 +3,22 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module
+from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module, PerModule
 from flapcli.artifacts.target import Target
 from flapcli.errors import FlapError, problems
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.record import Record
 
 FORMAT: Literal["flap-plan/1"] = "flap-plan/1"
+MAX_UNITS = 10**7  # of a module
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ModelRef(Record):
@@ -41,8 +43,8 @@ class Ratio(Record):
 class UnitSize(Record):
     """Weights of one unit, and entries of the producing projections' biases that go with it."""
 
-    weights: int
-    biases: int
+    weights: Count
+    biases: Count
 
 
 class Parameters(Record):
@@ -51,18 +53,18 @@ class Parameters(Record):
     `model_after` is before compensation adds biases. `per_unit` is what the others are recomputed from.
     """
 
-    prunable: int
-    kept: int
-    model: int
-    model_after: int
-    per_unit: dict[Module, UnitSize]
+    prunable: Count
+    kept: Count
+    model: Count
+    model_after: Count
+    per_unit: PerModule[UnitSize]
 
 
 class ModulePlan(Record):
     """`keep`: the units that stay, as comma-separated inclusive ranges of indices below `of`."""
 
     unit: Literal["head", "kv_group", "neuron"]
-    of: int
+    of: Count
     keep: str
 
 
@@ -145,13 +147,14 @@ def parse_ranges(text: str) -> NDArray[np.int64]:
     """`0-2,5` as [0, 1, 2, 5], ascending. Raises ValueError for anything else, duplicates included."""
     if not text.strip():
         return np.zeros(0, dtype=np.int64)
-    runs = []
+    runs, room = [], MAX_UNITS
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part, re.ASCII)
         if not match:
-            raise ValueError(f"{part.strip()!r} is neither an index nor a range such as 3-7")
+            raise ValueError(f"{part.strip()!r:.60} is neither an index nor a range such as 3-7")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first > 10_000_000:
+        room -= last - first + 1
+        if last < first or room < 0:
             raise ValueError(f"range {part.strip()} runs backwards or is too long")
         runs.append(np.arange(first, last + 1))
     values = np.sort(np.concatenate(runs))
@@ -171,7 +174,7 @@ def load_plan(path: Path) -> Plan:
         raise FlapError(f"no plan at {path}: run `flap plan` first, or give --plan") from error
     except (OSError, UnicodeDecodeError) as error:
         raise FlapError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers beyond Python's
         raise FlapError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise FlapError(f"{path} is not a plan of format {FORMAT}")
@@ -179,10 +182,14 @@ def load_plan(path: Path) -> Plan:
         plan = Plan.model_validate(raw)
     except ValidationError as error:
         raise FlapError(f"{path}: {problems(error)}") from error
-    if wrong := "; ".join(_problems(plan)):
-        raise FlapError(f"{path}: {wrong}")
+    if wrong := list(_problems(plan)):
+        more = f" and {len(wrong) - 8} more" if wrong[8:] else ""
+        raise FlapError(f"{path}: {'; '.join(wrong[:8])}{more}")
     parameters = plan.parameters
-    totals = _totals(plan.layers, parameters.model, parameters.per_unit, plan.ratio.requested)
+    try:
+        totals = _totals(plan.layers, parameters.model, parameters.per_unit, plan.ratio.requested)
+    except ValidationError as error:
+        raise FlapError(f"{path}: more goes than the model has parameters: {problems(error)}") from error
     return plan.model_copy(update=totals)
 
 

@@ -1,6 +1,5 @@
 """A folder that flap pruned, by its config.json. No torch."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +7,14 @@ from typing import Any
 
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.artifacts.reuse import Kind
-from flapcli.checkpoints.shards import INDEX
+from flapcli.checkpoints.weight_index import index_of, weight_map
 from flapcli.errors import FlapError, UsageError
 from flapcli.storage.hashing import files_below
+from flapcli.storage.json_file import read_json
 from flapcli.storage.safetensors_file import read_header
 
 CARD = "README.md"
+SINGLE = "model.safetensors"
 CARD_MARK = "<!-- Written by flap, and anew by `flap eval`; remove this line to keep text of your own. -->"
 
 
@@ -29,13 +30,9 @@ class PrunedFolder:
 def load_pruned(path: Path) -> PrunedFolder:
     """Read a pruned folder's config.json. Raises FlapError where it can't be read, or flap did not write it."""
     place = path / "config.json"
-    try:
-        config = json.loads(place.read_bytes())
-    except (OSError, ValueError) as error:
-        raise FlapError(f"{place} can't be read: {error}") from error
-    if not isinstance(config, dict) or (flap := FlapSection.of(config, str(path))) is None:
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise FlapError(f"{path} is a checkpoint that flap did not write (model_type {kind})")
+    config = read_json(place, f"{path} is no pruned folder")
+    if (flap := FlapSection.of(config, str(path))) is None:
+        raise FlapError(f"{path} is a checkpoint that flap did not write (model_type {config.get('model_type')!r:.60})")
     return PrunedFolder(path, config, flap)
 
 
@@ -60,10 +57,10 @@ def is_whole(folder: PrunedFolder, companions: Mapping[str, Path]) -> bool:
 def weights_are_whole(folder: PrunedFolder) -> bool:
     """Whether every weight file that the index names is there in its full length, with the tensors it should hold."""
     try:
-        index = json.loads((folder.path / INDEX).read_bytes())["weight_map"]
+        index = weight_map(folder.path, SINGLE)
         headers = {file: read_header(folder.path / file) for file in set(index.values())}
         return all(name in headers[file].tensors for name, file in index.items())
-    except (FlapError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FlapError:
         return False
 
 
@@ -104,11 +101,12 @@ def _is_broken(path: Path) -> bool:
     try:
         if path.suffix == ".safetensors":
             read_header(path)
+        elif path.name == index_of(SINGLE):
+            weight_map(path.parent, SINGLE)
         elif path.suffix == ".json":
-            found = json.loads(path.read_bytes())
-            return path.name == INDEX and not found["weight_map"]
+            read_json(path)
         return not path.stat().st_size
-    except (FlapError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FlapError, OSError):
         return True
 
 

@@ -1,6 +1,5 @@
 """The one decision about an artifact's place: what is there is current, to be replaced, or not ours to replace."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from flapcli.errors import FlapError, problems
+from flapcli.storage.json_file import read_json
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,6 +70,6 @@ def load_json(path: Path, model: type[Model], absent: str) -> Model:
 def says_format(path: Path, start: str) -> bool:
     """Whether a file is a JSON object whose `format` begins so, whatever else is wrong with it."""
     try:
-        return str(json.loads(path.read_bytes()).get("format", "")).startswith(start)
-    except (OSError, ValueError, AttributeError):
+        return str(read_json(path).get("format", "")).startswith(start)
+    except FlapError:
         return False

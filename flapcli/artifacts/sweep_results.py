@@ -1,9 +1,9 @@
 """The sweep artifact: what a model costs and says at several ratios, from one calibration. No torch."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flapcli.artifacts.eval_report import Positive, Size
 from flapcli.artifacts.reuse import Kind, load_json, says_format
@@ -42,8 +42,15 @@ class Sweep(Record):
     stats_sha256: str
     settings: dict[str, Any]
     dense: Figures | None
-    rows: list[Row]
+    rows: Annotated[list[Row], Field(min_length=1)]
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _same_texts(self) -> Self:
+        models = [*self.rows, *([self.dense] if self.dense else [])]
+        if any(model.perplexity.keys() != models[0].perplexity.keys() for model in models):
+            raise ValueError("its models were not measured on the same texts")
+        return self
 
 
 def save_sweep(path: Path, sweep: Sweep) -> None:

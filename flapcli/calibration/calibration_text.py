@@ -128,9 +128,11 @@ class CalibrationText:
         as that source alone gives. Raises FlapError where a text can't be had.
         """
         tokenizer = self.checkpoint.load_tokenizer()
-        return mixture_windows(
+        windows = mixture_windows(
             self.options, tokenizer, lambda count: self._own(tokenizer, count, force, progress, ranks)
         )
+        self.checkpoint.refuse_ids(windows)
+        return windows
 
     def _own(
         self, tokenizer: PreTrainedTokenizerBase, count: int, force: bool, progress: Progress, ranks: Ranks

@@ -39,7 +39,8 @@ def calibrate(
     Rank 0 writes where torchrun started several. Raises UsageError for options that don't go together, FlapError where
     model or text can't be had.
     """
-    options = replace(options, dataset=options.dataset or default_text(model))
+    if options.dataset is None:
+        options = replace(options, dataset=default_text(model))
     mixture = Mixture.read(str(options.dataset))
     _check(options, execution, mixture)
     options = replace(options, dataset=mixture.absolute().name)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from flapcli.checkpoints.huggingface import FolderCheckpoint
 from flapcli.errors import FlapError, first_line
-from flapcli.storage.dtypes import dtype_code
+from flapcli.storage.dtypes import dtype_code, has_code
+from flapcli.storage.json_file import lfs_hint
 from flapcli.storage.safetensors_file import TensorSpec
 
 if TYPE_CHECKING:
@@ -67,17 +68,19 @@ def _directory(path: Path) -> list[zipfile.ZipInfo]:
             return archive.infolist()
     except OSError as error:
         raise FlapError(f"cannot read {path}: {error.strerror}") from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise FlapError(
-            f"{path} is truncated, corrupt or of the format before PyTorch 1.6: "
-            "save it anew by `save_pretrained` of a transformers that loads it"
+            f"{path} is truncated, corrupt or of the format before PyTorch 1.6: save it anew by `save_pretrained` of "
+            f"a transformers that loads it{lfs_hint(path)}"
         ) from error
 
 
 def _headers(path: Path) -> dict[str, TensorSpec]:
     import torch
 
-    found = {n: t for n, t in _load(path, "meta").items() if isinstance(t, torch.Tensor)}
+    found = {str(n): t for n, t in _load(path, "meta").items() if isinstance(t, torch.Tensor)}
+    if odd := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not has_code(tensor.dtype)]:
+        raise FlapError(f"{path}: tensor {odd[0]}, which flap can't read")
     return {name: TensorSpec(name, tuple(tensor.shape), dtype_code(tensor.dtype)) for name, tensor in found.items()}
 
 
@@ -88,6 +91,14 @@ def _load(path: Path, place: str) -> "dict[str, torch.Tensor]":
 
     _directory(path)
     try:
-        return torch.load(path, map_location=place, weights_only=True, mmap=place == "cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise FlapError(f"{path} is corrupt or holds more than tensors: {first_line(error)}") from error
+        found = torch.load(path, map_location=place, weights_only=True, mmap=place == "cpu")
+    except pickle.UnpicklingError as error:
+        raise FlapError(
+            f"{path} holds more than tensors, which are all that flap unpickles: save the model by `save_pretrained`, "
+            "as safetensors"
+        ) from error
+    except Exception as error:  # what a broken pickle raises is of every kind
+        raise FlapError(f"{path} is corrupt: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise FlapError(f"{path} holds a {type(found).__name__}, where tensors by name are wanted")
+    return found

@@ -2,25 +2,31 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapcli.architecture.family import Family, family_of
+from flapcli.architecture.family import MAX_SIZE, Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.shape import MODULES, ModelShape, Module, StoredWeights
 from flapcli.checkpoints.companion_files import companion_files, decides_tokens
 from flapcli.checkpoints.locate import Hub
-from flapcli.errors import FlapError, UsageError
-from flapcli.storage.dtypes import ITEM_SIZE
+from flapcli.errors import FlapError, UsageError, first_line
+from flapcli.storage.dtypes import CODES, ITEM_SIZE
 from flapcli.storage.hashing import files_sha256
+from flapcli.storage.json_file import lfs_hint
 from flapcli.storage.safetensors_file import TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+FEW_LAYERS = 1000  # up to which missing tensors are named one by one
 
 
 class Checkpoint(ABC):
@@ -61,8 +67,22 @@ class Checkpoint(ABC):
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, on the CPU, as stored (quantised ones dequantised to float32)."""
 
+    @property
     @abstractmethod
-    def load_tokenizer(self) -> "PreTrainedTokenizerBase": ...
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json, empty where there is none. Raises FlapError for a broken one."""
+
+    @abstractmethod
+    def _load_tokenizer(self) -> "PreTrainedTokenizerBase": ...
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Raises FlapError where there is none, or none that can be loaded."""
+        self.shape  # noqa: B018  what the configuration says is checked before transformers reads it
+        try:
+            return self._load_tokenizer()
+        except Exception as error:  # what broken files raise is of every kind
+            hint = lfs_hint(*(self.path.glob("tokenizer*") if self.path.is_dir() else []))
+            raise FlapError(f"{self.name}: its tokenizer can't be loaded: {first_line(error)}{hint}") from error
 
     @abstractmethod
     def load_config(self) -> "PreTrainedConfig":
@@ -116,6 +136,8 @@ class Checkpoint(ABC):
         tied = f"{self.family.head}.weight" if self.config.get("tie_word_embeddings") else None
         dropped = tuple(f".{suffix}" for suffix in self.family.ignored_suffixes)
         counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped)}
+        if not counted:
+            raise FlapError(f"{self.name} holds no tensors of a model: give the folder that save_pretrained writes")
         for name, spec in counted.items():
             if spec.dtype.startswith("F8"):
                 raise FlapError(
@@ -128,7 +150,9 @@ class Checkpoint(ABC):
     def shape(self) -> ModelShape:
         """Sizes for planning, checked against the tensors. Raises FlapError naming all that do not fit."""
         self._refuse_quantised()
+        self._refuse_odd_settings()
         sizes = self.family.read_sizes(self.config)
+        self._refuse_layers(sizes["num_layers"], len(self.stored))
         shape = ModelShape(
             name=self.name,
             revision=self.hub.revision,
@@ -147,13 +171,33 @@ class Checkpoint(ABC):
             raise FlapError(f"{self.name}: {'; '.join(wrong[:4])}{more}")
         return shape
 
+    def refuse_ids(self, ids: "NDArray[np.int64]") -> None:
+        """Raise FlapError for tokens that the embedding has no row for."""
+        if ids.size and (largest := int(ids.max())) >= self.vocabulary:
+            raise FlapError(
+                f"{self.name}: its tokenizer gives the id {largest}, and its embedding has only {self.vocabulary} "
+                "rows: give the tokenizer that belongs to it, or resize the embedding (resize_token_embeddings)"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: one for each token that a model can read."""
+        self.shape  # noqa: B018  which refuses a checkpoint without one
+        return self.tensors[f"{self.family.outside_layers[0]}.weight"].shape[0]
+
     def refuse_length(self, seqlen: int) -> None:
         """Raise UsageError for windows of more tokens than the model has positions."""
+        self.shape  # noqa: B018  which refuses a limit that is none
         limit = self.config.get("max_position_embeddings")
-        if isinstance(limit, int) and seqlen > limit:
+        if limit is not None and seqlen > limit:
             raise UsageError(
                 f"--seqlen {seqlen}: {self.name} has {limit} positions (max_position_embeddings): lower it"
             )
+
+    def _refuse_layers(self, layers: int, tensors: int) -> None:
+        """Raise FlapError for more layers than there are tensors, before anything is reserved for them."""
+        if layers > max(tensors, FEW_LAYERS):
+            raise FlapError(f"{self.name}: its configuration says {layers:,} layers, and it holds {tensors:,} tensors")
 
     def _refuse_quantised(self) -> None:
         """Raise FlapError where config.json says that weights are quantised, which every loader would act on."""
@@ -163,6 +207,21 @@ class Checkpoint(ABC):
                 f"{self.name}: config.json has a quantization_config ({method}), and flap prunes plain weights: give "
                 "the model as it was before quantisation, or remove that key where the weights are plain"
             )
+
+    def _refuse_odd_settings(self) -> None:
+        """Raise FlapError for settings that loaders would choke on, or take for something else without a word."""
+        self.generation  # noqa: B018  what can't be read is told before any work
+        known = (None, "auto", *CODES, *(f"torch.{name}" for name in CODES))
+        fine: dict[str, Callable[[Any], bool]] = {
+            "dtype": lambda value: value in known,
+            "torch_dtype": lambda value: value in known,
+            "vocab_size": lambda value: value is None or (type(value) is int and 0 < value <= MAX_SIZE),
+            "_attn_implementation": lambda value: value is None or isinstance(value, str | dict),
+            "max_position_embeddings": lambda value: value is None or (type(value) is int and value > 0),
+        }
+        for key, is_fine in fine.items():
+            if not is_fine(value := self.config.get(key)):
+                raise FlapError(f"{self.name}: {key} in config.json is {value!r:.60}, which is none")
 
     def _refuse_untied(self) -> None:
         """Raise FlapError where head and embedding are stored both, and differ, though config.json ties them."""
@@ -205,7 +264,7 @@ class Checkpoint(ABC):
         """What is missing, unknown, or of a shape that the configuration does not say."""
         expected = self.expected_shapes(shape)
         yield from (f"tensor {name} is missing" for name in self._required(shape, expected) if name not in self.tensors)
-        for name, want in expected.items():
+        for name, want in (expected | self._vocabulary_shapes(shape)).items():
             spec = self.tensors.get(name)
             if spec is not None and spec.shape != want:
                 yield f"tensor {name} has shape {list(spec.shape)}, expected {list(want)}"
@@ -237,6 +296,12 @@ class Checkpoint(ABC):
             )
             yield from (name for part in announced if (name := f"{prefix}.{part}.bias") in expected)
         yield from (name for name in expected if name.endswith(".weight"))
+
+    def _vocabulary_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of embedding and head where config.json says them: loaders reserve what it says."""
+        rows: Any = self.config.get("vocab_size")
+        parts = (self.family.outside_layers[0], self.family.head) if rows is not None else ()
+        return {f"{part}.weight": (rows, shape.hidden_size) for part in parts}
 
     def expected_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Shapes of all weights and possible biases of the projections that pruning touches."""

@@ -28,7 +28,15 @@ TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding
 class GgufCheckpoint(Checkpoint):
     @cached_property
     def header(self) -> GgufHeader:
-        return read_gguf_header(self.path)
+        header = read_gguf_header(self.path)
+        if (parts := header.metadata.get("split.count")) not in (None, 0, 1):
+            raise FlapError(f"{self.path} is one of {parts} parts: join them by `llama-gguf-split --merge`")
+        if header.metadata.get("general.type", "model") != "model":
+            raise FlapError(
+                f"{self.path} holds no model but a {header.metadata['general.type']!r:.60}: merge a LoRA adapter into "
+                "its model (llama-export-lora) and give that"
+            )
+        return header
 
     @cached_property
     def fingerprint(self) -> str:
@@ -57,6 +65,7 @@ class GgufCheckpoint(Checkpoint):
         if scaling != "none":
             raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
         sizes = {key: value for key, value in found.items() if value is not None}
+        self._refuse_layers(self.family.read_sizes(sizes)["num_layers"], len(self.header.tensors))
         try:
             config = AutoConfig.for_model(
                 self.family.model_type,
@@ -64,7 +73,7 @@ class GgufCheckpoint(Checkpoint):
                 tie_word_embeddings=all(tensor.name != "output.weight" for tensor in self.header.tensors),
                 **sizes,
             )
-        except (KeyError, StopIteration, ValueError, TypeError) as error:
+        except Exception as error:  # each value has a check of its own
             raise FlapError(f"{self.path}: its metadata make no {self.family.name}: {first_line(error)}") from error
         factors = next((tensor for tensor in self.header.tensors if tensor.name == ROPE_FACTORS), None)
         if factors is not None:
@@ -132,7 +141,13 @@ class GgufCheckpoint(Checkpoint):
                 return _unpermute(values, self.config[key])
         return values
 
-    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+    @property
+    def generation(self) -> dict[str, Any]:
+        return {}
+
+    def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        if "tokenizer.ggml.model" not in self.header.metadata:
+            raise FlapError("the file holds none: give one that was converted with its vocabulary")
         return self._tokenizer
 
     @cached_property

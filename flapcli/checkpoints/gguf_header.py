@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flapcli.errors import FlapError
+from flapcli.storage.json_file import lfs_hint
 
 FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -62,7 +63,7 @@ class _Reader:
 
     def header(self, path: Path, size: int) -> GgufHeader:
         if self.take(4) != b"GGUF":
-            raise FlapError(f"{path} is not a GGUF file")
+            raise FlapError(f"{path} is not a GGUF file{lfs_hint(path)}")
         version, tensors, pairs = self.scalar("<I"), self.scalar("<Q"), self.scalar("<Q")
         if version not in (2, 3):
             raise FlapError(f"{path}: GGUF version {version} is not supported, only 2 and 3")

@@ -2,22 +2,24 @@
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.shards import raw_bytes
+from flapcli.checkpoints.weight_index import index_of, weight_map
 from flapcli.errors import FlapError, first_line
 from flapcli.storage.dtypes import torch_dtype
+from flapcli.storage.json_file import read_json
 from flapcli.storage.safetensors_file import Header, TensorSpec, read_header, read_into
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+CARD_START = 1 << 20  # characters of a README.md in which its licence is looked for
 # What of config.json decides the function that the weights compute.
 ARCHITECTURE_KEYS = [
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -37,8 +39,14 @@ class FolderCheckpoint(Checkpoint):
         path = self.path / single
         if path.exists():
             return [path]
-        index = read_json(self.path / f"{single}.index.json", f"{self.name} has no {kind} weights")
-        return [self.path / file for file in sorted(set(index.get("weight_map", {}).values()))]
+        named = sorted(set(weight_map(self.path, single, f"{self.name} has no {kind} weights").values()))
+        if missing := [file for file in named if not (self.path / file).exists()]:
+            more = f" and {len(missing) - 3} more" if missing[3:] else ""
+            raise FlapError(
+                f"{self.path} lacks {', '.join(missing[:3])}{more}, which its {index_of(single)} names: copy or "
+                "download the checkpoint anew"
+            )
+        return [self.path / file for file in named]
 
     def _architecture_digest(self) -> "hashlib._Hash":
         """A SHA-256 fed with the architecture's fields of config.json; what tells the weights is to be added."""
@@ -53,20 +61,28 @@ class FolderCheckpoint(Checkpoint):
 
     @property
     def license(self) -> str | None:
-        card = self.path / "README.md"
         try:
-            metadata = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
-            return str(metadata["license"])
-        except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError):
-            return None  # no card, or one without metadata
+            with (self.path / "README.md").open(encoding="utf-8", errors="replace") as card:
+                text = card.read(CARD_START)
+        except OSError:
+            return None
+        # By this line alone: YAML of a stranger's can grow without bound.
+        found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", text.split("---")[1], re.M) if text[:3] == "---" else None
+        return found[1] if found else None
 
-    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        path = self.path / "generation_config.json"
+        found = read_json(path) if path.exists() else {}
+        stops = found.get("eos_token_id")
+        if not all(stop is None or type(stop) is int for stop in (stops if isinstance(stops, list) else [stops])):
+            raise FlapError(f"{path}: eos_token_id is {stops!r:.60}, where a token's id or a list of them is wanted")
+        return found
+
+    def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code)
-        except Exception as error:  # what broken files raise is of every kind
-            raise FlapError(f"{self.name}: its tokenizer can't be loaded: {first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code)
 
     def load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
@@ -105,16 +121,3 @@ class SafetensorsCheckpoint(FolderCheckpoint):
         if spec.nbytes:
             read_into(path, self._headers[path].offsets[name], raw_bytes(tensor))
         return tensor
-
-
-def read_json(path: Path, otherwise: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises FlapError, begun with `otherwise` where the file is missing."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise FlapError(f"{otherwise}: {path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise FlapError(f"{path} can't be read as JSON: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise FlapError(f"{path} is not a JSON object")
-    return value

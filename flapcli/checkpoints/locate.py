@@ -1,11 +1,11 @@
 """From what the user typed as MODEL to a folder or file on this machine."""
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from flapcli.checkpoints.weight_index import weight_map
 from flapcli.errors import FlapError
 
 DEMO = "demo"
@@ -63,9 +63,8 @@ def _demo(hub: Hub) -> Path:
 def _weight_names(folder: Path, single: str) -> list[str]:
     """The weight files of a checkpoint: those that its index names, else the one file of this name."""
     try:
-        named = set(json.loads((folder / f"{single}.index.json").read_bytes())["weight_map"].values())
-        return sorted(str(name) for name in named) or [single]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return sorted(set(weight_map(folder, single).values()))
+    except FlapError:
         return [single]
 
 

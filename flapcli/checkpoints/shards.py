@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flapcli.checkpoints.weight_index import index_of
 from flapcli.storage.safetensors_file import StreamWriter, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
+INDEX = index_of("model.safetensors")
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:

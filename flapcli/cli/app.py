@@ -4,6 +4,7 @@ import typer
 
 from flapcli.cli import options as o
 from flapcli.cli.command import app
+from flapcli.views.terminal import forgive_encodings
 
 # isort: off
 # Importing one registers its commands.
@@ -12,6 +13,7 @@ from flapcli.cli import stages, run_command, sweep_command, results  # noqa: F40
 
 
 def main() -> None:
+    forgive_encodings()
     app()
 
 

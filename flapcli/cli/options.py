@@ -251,7 +251,7 @@ class GenerateGroup:
         min=1, help="Tokens to generate at most.")] = s.GenerateOptions.max_new_tokens
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False
     seed: Annotated[int, typer.Option("--seed", help="Seed of --sample.")] = s.GenerateOptions.seed
-    temperature: Annotated[float | None, typer.Option(min=0.01, help="Of --sample.", show_default="1")] = None
+    temperature: Annotated[float | None, typer.Option(min=0.01, max=1000, help="Of --sample.", show_default="1")] = None
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False
     baseline: Annotated[bool, typer.Option(
         "--baseline/--no-baseline", help="Measure the dense model beside it.")] = True

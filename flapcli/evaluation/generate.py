@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from flapcli.checkpoints import Hub
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, first_line
 from flapcli.evaluation.stage import dense_of, open_measured
 from flapcli.execution.device import Runtime
 from flapcli.execution.loading import load_model, quiet_transformers
@@ -33,6 +33,7 @@ def generate(
     for label, which in ({"dense": dense, "pruned": checkpoint} if dense else {"model": checkpoint}).items():
         tokenizer = which.load_tokenizer()
         ids = encode(tokenizer, prompt, options.chat)
+        which.refuse_ids(ids.numpy())
         progress.note(f"{label}: {which.name}")
         said[label] = continuation(load_model(which, runtime.dtype, runtime.device), tokenizer, ids, options)
         gc.collect()
@@ -48,7 +49,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch
         raise FlapError("the tokenizer has no chat template: leave --chat out")
     if chat:
         turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template may raise what it likes
+            raise FlapError(f"the tokenizer's chat template can't lay out the prompt: {first_line(error)}") from error
     else:
         ids = tokenizer(prompt, return_tensors="pt")
     if ids["input_ids"].shape[1] == 0:

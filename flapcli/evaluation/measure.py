@@ -39,6 +39,8 @@ def measure_model(
     tokenizer = checkpoint.load_tokenizer()
     seqlen, column = options.seqlen, options.text_column
     windows = {text: evaluation_windows(text, tokenizer, seqlen, column) for text in options.perplexity}
+    for tokens in windows.values():
+        checkpoint.refuse_ids(tokens)
     streamed = should_stream(checkpoint, runtime, False, stream, progress)
     if streamed and tasks:
         raise FlapError(f"{checkpoint.name}: tasks need the whole model in memory: leave out --tasks or --stream")

@@ -87,7 +87,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
                 model = kind.from_config(config, dtype=dtype, trust_remote_code=checkpoint.hub.trust_remote_code)
             else:
                 model = kind._from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # as in load_model
         raise FlapError(f"{checkpoint.name}: transformers can't build it: {first_line(error)}") from error
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -170,17 +170,12 @@ def _add_parameters(writer: GGUFWriter, checkpoint: Checkpoint, outtype: str) ->
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or 1e-6)
-    writer.add_vocab_size(embedding_rows(checkpoint))
+    writer.add_vocab_size(checkpoint.vocabulary)
     rope = rope_of(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-
-
-def embedding_rows(checkpoint: Checkpoint) -> int:
-    """Rows of the embedding, which are the tokens that the file must name."""
-    return checkpoint.tensors[f"{checkpoint.family.outside_layers[0]}.weight"].shape[0]
 
 
 def _encode(entry: Entry) -> NDArray[Any]:

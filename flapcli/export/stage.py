@@ -122,11 +122,10 @@ def _vocabulary(checkpoint: Checkpoint, progress: Progress) -> list["Field"]:
 
     Also the folder's own where tokens were added to it since.
     """
-    from flapcli.export.gguf_writer import embedding_rows
     from flapcli.export.tokenizer import converted, copied
 
-    source, rows = _source_gguf(checkpoint), embedding_rows(checkpoint)
-    if source is not None and embedding_rows(source) == rows:
+    source, rows = _source_gguf(checkpoint), checkpoint.vocabulary
+    if source is not None and source.vocabulary == rows:
         return copied(source.reader)
     fields, notes = converted(checkpoint.load_tokenizer(), rows, checkpoint.name)
     for note in notes:
@@ -154,8 +153,6 @@ def _source_gguf(checkpoint: Checkpoint) -> GgufCheckpoint | None:
 def _stop_ids(checkpoint: Checkpoint) -> list[int]:
     """Tokens that end an answer: the tokenizer's and those of generation_config.json."""
     found: list[int] = []
-    path = checkpoint.path / "generation_config.json"
-    listed = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
-    for ids in (checkpoint.load_tokenizer().eos_token_id, listed):
+    for ids in (checkpoint.load_tokenizer().eos_token_id, checkpoint.generation.get("eos_token_id")):
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     return found

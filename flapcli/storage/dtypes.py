@@ -33,6 +33,11 @@ def dtype_name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def has_code(dtype: "torch.dtype") -> bool:
+    """Whether safetensors headers have a code for it that flap reads."""
+    return dtype_name(dtype) in CODES
+
+
 def dtype_code(dtype: "torch.dtype") -> str:
     """Its code in a safetensors header."""
     return CODES[dtype_name(dtype)]

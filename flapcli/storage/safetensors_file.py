@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self
 
 from flapcli.errors import FlapError
 from flapcli.storage.dtypes import ITEM_SIZE
+from flapcli.storage.json_file import lfs_hint
 
 MAX_HEADER = 100_000_000  # the library's own limit
 
@@ -53,21 +54,30 @@ def read_header(path: Path) -> Header:
         raise FlapError(f"cannot read {path}: {error.strerror}") from error
     try:
         entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
+        metadata = dict(entries.pop("__metadata__", {}))
         unknown = [(n, e["dtype"]) for n, e in entries.items() if e["dtype"] not in ITEM_SIZE]
-        tensors = {n: TensorSpec(n, tuple(e["shape"]), e["dtype"]) for n, e in entries.items()}
-        offsets = {n: 8 + length + e["data_offsets"][0] for n, e in entries.items()}
         if unknown:
-            raise FlapError(f"{path}: tensor {unknown[0][0]} is {unknown[0][1]}, which flap can't read")
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-        bad = [n for n, e in entries.items() if tensors[n].nbytes != e["data_offsets"][1] - e["data_offsets"][0]]
+            raise FlapError(f"{path}: tensor {unknown[0][0]:.80} is {unknown[0][1]:.80}, which flap can't read")
+        tensors = {n: TensorSpec(n, _numbers(e["shape"]), e["dtype"]) for n, e in entries.items()}
+        places = {n: _numbers(e["data_offsets"]) for n, e in entries.items()}
+        end = max((stop for _, stop in places.values()), default=0)
+        bad = [n for n, (start, stop) in places.items() if tensors[n].nbytes != stop - start]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise FlapError(f"{path} is not a safetensors file or is corrupt: its header can't be read") from error
+        raise FlapError(
+            f"{path} is not a safetensors file or is corrupt: its header can't be read{lfs_hint(path)}"
+        ) from error
     if bad:
         raise FlapError(f"{path} is corrupt: the size of {bad[0]} does not fit its shape")
     if size != 8 + length + end:
         raise FlapError(f"{path} is truncated or corrupt: {size:,} bytes, its header asks for {8 + length + end:,}")
-    return Header(tensors, metadata, raw, offsets)
+    return Header(tensors, metadata, raw, {n: 8 + length + start for n, (start, _) in places.items()})
+
+
+def _numbers(found: Any) -> tuple[int, ...]:
+    """A list of sizes or offsets. Raises ValueError for anything else."""
+    if not isinstance(found, list) or not all(type(each) is int and 0 <= each < 2**63 for each in found):
+        raise ValueError("no list of whole numbers")
+    return tuple(found)
 
 
 def read_into(path: Path, offset: int, buffer: memoryview) -> None:

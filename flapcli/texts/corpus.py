@@ -228,7 +228,7 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}, line {number}"
         try:
             yield where, json.loads(line)[column]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise FlapError(f"{where}: not a JSON object") from error
         except KeyError as error:
             raise FlapError(f"{where}: no column {column!r}; name one with --text-column") from error

@@ -65,6 +65,7 @@ def windows_of_stats(stats: StatsHeader, path: Path, checkpoint: Checkpoint) -> 
         return found.array
 
     windows = mixture_windows(text, checkpoint.load_tokenizer(), own)
+    checkpoint.refuse_ids(windows)
     if text.windows_sha256 not in (None, windows_sha256(windows)):
         raise another
     return windows

@@ -72,7 +72,7 @@ def gains(report: EvalReport) -> list[tuple[str, Spread, float]]:
         return []
     return [
         (f"{phase}, batch {case.batch_size}, prompt {case.prompt_tokens}", found, possible)
-        for case, gain in zip(report.speed_details.cases, report.speedup, strict=True)
+        for case, gain in zip(report.speed_details.cases, report.speedup, strict=False)
         for phase, found, possible in (
             ("prefill", gain.prefill, gain.prefill_possible), ("decode", gain.decode, gain.decode_possible)
         )
@@ -112,7 +112,9 @@ def _reasons(report: EvalReport) -> list[str]:
 
 
 def _perplexity(measurement: Measurement, text: str) -> str:
-    value, details = measurement.perplexity[text], measurement.perplexity_details.get(text)
+    value, details = measurement.perplexity.get(text), measurement.perplexity_details.get(text)
+    if value is None:
+        return "-"
     return f"{value:.2f} ± {details.standard_error:.2f}" if details else f"{value:.2f}"
 
 

@@ -105,11 +105,11 @@ def _tiles(plan: Plan | None, report: EvalReport | None) -> list[tuple[str, str,
         dense = report.baseline
         tiles.append(("parameters", f"{report.size.parameters:,}", f"dense {dense.size.parameters:,}" if dense else ""))
         for text, value in report.perplexity.items():
-            before = f"dense {dense.perplexity[text]:.2f}" if dense else ""
+            before = f"dense {dense.perplexity[text]:.2f}" if dense and text in dense.perplexity else ""
             tiles.append((f"perplexity {Path(text).name}", f"{value:.2f}", before))
         if len(report.averaged_tasks) > 1:
             before = f"dense {dense.task_average:.4f}" if dense and dense.task_average is not None else ""
-            tiles.append((f"average of {len(report.averaged_tasks)} tasks", f"{report.task_average:.4f}", before))
+            tiles.append((f"average of {len(report.averaged_tasks)} tasks", number(report.task_average), before))
         if report.speedup:
             gain = report.speedup[0]
             tiles.append(("decode speed", f"{gain.decode.median:.2f}x", f"possible {gain.decode_possible:.2f}x"))

@@ -1,5 +1,7 @@
 """The terminal: progress, notes, errors and JSON. Data goes to stdout, the rest to stderr."""
 
+import codecs
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,24 @@ from flapcli.progress import Advance
 # Names of models, files and texts are data, never markup.
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
+
+
+PLAIN = str.maketrans("█░±…┤└─●◆▲■○◇△□", "#.~.|`-*x^#o<v=")  # what tables and plots draw with
+
+
+def forgive_encodings() -> None:
+    """Let what the terminal's encoding has no character for be replaced: printing ends no run."""
+    codecs.register_error("flap", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="flap")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wanted = error.object[error.start : error.end].translate(PLAIN)
+    return "".join(letter if letter.isascii() else "?" for letter in wanted), error.end
 
 
 def error(message: str) -> None:

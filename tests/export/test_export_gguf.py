@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from support.edits import edit_keep
+from support.gguf_files import write_gguf
 from support.models import CONFIGS, GQA, SIZES, make_tiny
 from support.pruned import load_pruned
 from support.tokenizers_like import PRE, VOCABULARY, byte_level, sentencepiece_like
@@ -18,7 +19,6 @@ from flapcli.architecture import modeling_flap as modeling
 from flapcli.architecture.rope import llama3_factors, llama3_parameters
 from flapcli.architecture.shape import LayerShape
 from flapcli.checkpoints import open_checkpoint
-from flapcli.export.gguf_writer import permute
 from flapcli.export.kquants import advice
 from flapcli.texts.corpus import evaluation_windows
 
@@ -257,41 +257,6 @@ def test_kquants_advice(tiny):
     assert "--heads-multiple-of 16" in attention  # a KV group of 2 heads of 8 channels
     few = uneven.model_copy(update={"num_attention_heads": 16, "num_key_value_heads": 8})
     assert "no plan avoids it" in advice(few)[1]
-
-
-def write_gguf(path: Path, folder: Path, factors: np.ndarray) -> None:
-    """A dense llama as llama.cpp's converter writes it, with rope factors."""
-    source = open_checkpoint(str(folder))
-    shape = source.shape
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(shape.num_layers)
-    writer.add_context_length(256)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_key_value_heads)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(320)
-    writer.add_tensor("rope_freqs.weight", factors)
-    for name in source.tensors:
-        values = source.read(name)
-        if ".q_proj." in name or ".k_proj." in name:
-            values = permute(values, shape.head_dim)
-        theirs = name.replace("model.layers", "blk").replace("model.embed_tokens", "token_embd")
-        for ours, them in (
-            ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"),
-            ("self_attn.o_proj", "attn_output"), ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"),
-            ("mlp.down_proj", "ffn_down"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
-            ("model.norm", "output_norm"), ("lm_head", "output"),
-        ):  # fmt: skip
-            theirs = theirs.replace(ours, them)
-        writer.add_tensor(theirs, values.numpy(), raw_dtype=GGMLQuantizationType.F32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_rope_factors_of_a_source_gguf_are_read(tiny, tmp_path):

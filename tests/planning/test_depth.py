@@ -19,8 +19,8 @@ from flapcli.artifacts.eval_report import load_report
 from flapcli.artifacts.plan import format_ranges, load_plan
 from flapcli.artifacts.stats import load_stats
 from flapcli.checkpoints import open_checkpoint
-from flapcli.checkpoints.huggingface import read_json
 from flapcli.progress import Silent
+from flapcli.storage.json_file import read_json
 from flapcli.texts.corpus import calibration_windows
 
 
