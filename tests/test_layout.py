@@ -29,7 +29,7 @@ ROOMS = {
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
     "texts": "windows mixture corpus",
-    "execution": "hidden_states layerwise batches loading memory device processes ranks settings",
+    "execution": "hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
     "reuse target versions",
     "checkpoints": "__init__ bin_folder column_norms gguf gguf_header huggingface checkpoint companion_files locate "

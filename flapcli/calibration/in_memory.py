@@ -13,7 +13,7 @@ from flapcli.calibration.recorder import Key, Recorder, fisher_of, layer_stats_o
 from flapcli.calibration.workload import Workload
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.checkpoints.shards import raw_bytes
-from flapcli.execution.batches import Batches
+from flapcli.execution.batches import STREAM, Batches
 from flapcli.execution.loading import load_model
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.dtypes import dtype_code, torch_dtype
@@ -54,7 +54,7 @@ def measure(work: Workload) -> Iterator[LayerStats]:
         work.ranks.check()
 
     seqlen = windows.shape[1]
-    batches = Batches(seqlen, device, work.runtime.batch_size, work.progress, backward=work.fisher)
+    batches = Batches(seqlen, device, work.runtime.batch_size, work.progress, work.fisher, STREAM)
     mode = torch.enable_grad() if work.fisher else torch.inference_mode()
     with mode, work.progress.task("calibrate", windows.size, "tokens") as advance:
         advance(done * seqlen)

@@ -22,7 +22,7 @@ from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime, own_gpu
 from flapcli.execution.loading import quiet_transformers
-from flapcli.execution.memory import should_stream
+from flapcli.execution.memory import Demand, refuse_map, should_stream
 from flapcli.execution.ranks import Ranks
 from flapcli.progress import Progress, Silent
 from flapcli.storage.atomic import explain, move_file, require_space, require_writable
@@ -43,8 +43,11 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
     progress = Silent() if ranks.rank else progress
     runtime = Runtime.of(execution, options.dtype)
     runtime = Runtime(own_gpu(runtime.device), runtime.dtype, runtime.batch_size)
+    demand = Demand(options.seqlen, options.gram, options.fisher)
+    if execution.device_map:
+        refuse_map(checkpoint, runtime, demand)
     streamed = not execution.device_map and any(
-        ranks.agree(should_stream(checkpoint, runtime, options.gram, execution.stream, progress))
+        ranks.agree(should_stream(checkpoint, runtime, demand, execution.stream, progress))
     )
     text = CalibrationText(request.out, checkpoint, options, runtime, execution.device_map, streamed)
     windows = text.windows(force, progress, ranks)

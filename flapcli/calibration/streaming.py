@@ -11,6 +11,7 @@ from flapcli.calibration.recorder import Recorder, fisher_of, layer_stats_of
 from flapcli.calibration.workload import Workload
 from flapcli.execution.hidden_states import HiddenStates
 from flapcli.execution.layerwise import Forward, Layer, LayerwiseModel
+from flapcli.execution.memory import stay_in_memory
 from flapcli.progress import Advance
 from flapcli.storage.resume import Resume
 
@@ -18,15 +19,15 @@ from flapcli.storage.resume import Resume
 def stream(work: Workload, resume: Resume, writer: StatsWriter | None, activation_memory: int) -> None:
     """Write the statistics of the workload's windows layer by layer into `writer`, rank 0's.
 
-    Hidden states take RAM up to `activation_memory` bytes, else files in the resume folder. Same statistics as
-    `in_memory.measure`: the same batches go through the same layers. Fisher information takes a pass back through
-    them, and hidden states between all layers in files for it. Raises FlapError as that does.
+    Hidden states take RAM up to `activation_memory` bytes and half of what is free, else files in the resume folder.
+    Same statistics as `in_memory.measure`: the same batches go through the same layers. Fisher information takes a pass
+    back through them, and hidden states between all layers in files for it. Raises FlapError as that does.
     """
     shape, dtype = work.checkpoint.shape, work.runtime.dtype
     layerwise = LayerwiseModel(work.checkpoint, work.windows, work.runtime, work.progress, backward=work.fisher)
     passes = 2 if work.fisher else 1
     size = (*work.windows.shape, shape.hidden_size)
-    in_memory = passes * work.windows.size * shape.hidden_size * dtype.itemsize <= activation_memory
+    in_memory = stay_in_memory(passes * work.windows.size * shape.hidden_size * dtype.itemsize, activation_memory)
     hidden = HiddenStates(size, dtype, in_memory, resume)
     recorder = Recorder(work.checkpoint, layerwise.model, work.gram, work.runtime.device, work.fisher)
     total = work.windows.size * shape.num_layers * passes

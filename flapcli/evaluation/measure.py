@@ -12,7 +12,7 @@ from flapcli.errors import FlapError
 from flapcli.evaluation.perplexity import details, exp_mean, streamed_losses, window_losses
 from flapcli.execution.device import Runtime
 from flapcli.execution.loading import load_model, quiet_transformers
-from flapcli.execution.memory import give_back, should_stream
+from flapcli.execution.memory import Demand, give_back, should_stream
 from flapcli.execution.settings import EvalOptions
 from flapcli.progress import Progress
 from flapcli.texts.corpus import evaluation_windows
@@ -41,7 +41,7 @@ def measure_model(
     windows = {text: evaluation_windows(text, tokenizer, seqlen, column) for text in options.perplexity}
     for tokens in windows.values():
         checkpoint.refuse_ids(tokens)
-    streamed = should_stream(checkpoint, runtime, False, stream, progress)
+    streamed = should_stream(checkpoint, runtime, Demand(options.seqlen, logits=True), stream, progress)
     if streamed and tasks:
         raise FlapError(f"{checkpoint.name}: tasks need the whole model in memory: leave out --tasks or --stream")
     model = None if streamed else load_model(checkpoint, runtime.dtype, runtime.device)

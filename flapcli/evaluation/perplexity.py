@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from flapcli.artifacts.eval_report import TextDetails
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
-from flapcli.execution.batches import Batches
+from flapcli.execution.batches import STREAM, Batches
 from flapcli.execution.device import Runtime
 from flapcli.execution.layerwise import Forward, LayerwiseModel
 from flapcli.progress import Progress
@@ -39,7 +39,7 @@ def window_losses(
         ids = torch.from_numpy(windows[part]).to(model.device)
         sums[part] = loss_sums(model(input_ids=ids, use_cache=False).logits, ids)
 
-    batches = Batches(windows.shape[1], model.device, batch_size, progress)
+    batches = Batches(windows.shape[1], model.device, batch_size, progress, instead=STREAM)
     with torch.inference_mode(), progress.task(description, windows.size, "tokens") as advance:
         batches.run(len(windows), step, advance)
     return mean_losses(sums, windows, description)

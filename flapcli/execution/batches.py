@@ -8,16 +8,26 @@ from flapcli.errors import FlapError
 from flapcli.progress import Advance, Progress
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384  # a batch's tokens: past these, larger batches gain nothing
+STREAM = "--stream, "  # is advised where a whole model is in memory
 BACKWARD = 4  # the share of them that passes with a gradient take, which hold all layers' activations
 
 
 class Batches:
-    """Cuts windows into batches, smaller ones from where memory ran out on. None as batch size chooses one."""
+    """Cuts windows into batches, smaller ones from where memory ran out on. None as batch size chooses one.
+
+    `instead` (STREAM) begins what is advised where one window is too much.
+    """
 
     def __init__(
-        self, seqlen: int, device: torch.device, batch_size: int | None, progress: Progress, backward: bool = False
+        self,
+        seqlen: int,
+        device: torch.device,
+        batch_size: int | None,
+        progress: Progress,
+        backward: bool = False,
+        instead: str = "",
     ) -> None:
-        self.seqlen, self.device, self.progress = seqlen, device, progress
+        self.seqlen, self.device, self.progress, self.instead = seqlen, device, progress, instead
         self.fixed = batch_size is not None
         tokens = (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // (BACKWARD if backward else 1)
         self.size = batch_size or max(1, tokens // seqlen)
@@ -33,7 +43,7 @@ class Batches:
             try:
                 step(part)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self._shrink(error)
                 continue
@@ -43,7 +53,9 @@ class Batches:
 
     def _shrink(self, error: BaseException) -> None:
         if self.fixed or self.size == 1:
-            hint = "lower --batch-size" if self.size > 1 else "use a smaller --seqlen or another --device"
+            hint = (
+                "lower --batch-size" if self.size > 1 else f"use {self.instead}a smaller --seqlen or another --device"
+            )
             raise FlapError(f"out of memory on {self.device} with batches of {self.size} windows: {hint}") from error
         self.size //= 2
         self.progress.note(f"out of memory on {self.device}: going on with batches of {self.size} windows")
@@ -51,7 +63,8 @@ class Batches:
             torch.cuda.empty_cache()
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory"))

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from flapcli.architecture import modeling_flap
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.errors import FlapError, first_line
+from flapcli.execution.batches import out_of_memory
 
 
 def quiet_transformers() -> None:
@@ -44,6 +45,8 @@ def load_model(
     except (FlapError, MemoryError):
         raise
     except Exception as error:  # a configuration may ask for what is not installed, or does not exist
+        if out_of_memory(error):
+            raise FlapError(f"{checkpoint.name}: out of memory on {device} while loading: use --stream") from error
         raise FlapError(f"{checkpoint.name}: transformers can't load it: {first_line(error)}") from error
 
 

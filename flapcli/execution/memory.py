@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flapcli.artifacts.stats import gram_bytes
 from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.errors import FlapError
+from flapcli.execution.batches import Batches
 from flapcli.execution.device import Runtime
-from flapcli.progress import Progress
+from flapcli.progress import Progress, Silent
 from flapcli.storage.dtypes import dtype_name
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -57,20 +60,69 @@ def give_back() -> None:
         trim(0)
 
 
-def should_stream(checkpoint: Checkpoint, runtime: Runtime, gram: bool, wish: bool | None, progress: Progress) -> bool:
-    """Whether to go layer by layer: as wished, else where the model (and Gram sums) exceed the memory."""
+@dataclass(frozen=True)
+class Demand:
+    """What a model in memory is asked for: batches of windows of `seqlen` tokens.
+
+    `gram`: Gram sums of all layers; `backward`: a pass back through the activations; `logits` of a whole batch.
+    """
+
+    seqlen: int
+    gram: bool = False
+    backward: bool = False
+    logits: bool = False
+
+
+def in_memory_bytes(checkpoint: Checkpoint, runtime: Runtime, demand: Demand) -> int:
+    """Bytes that the model, its sums and one batch take: what is held when everything is done in memory.
+
+    Of the activations the largest alone are counted: those of one layer and float32 copies of what is recorded, for a
+    backward pass those of all layers.
+    """
+    shape, size = checkpoint.shape, runtime.dtype.itemsize
+    batch = Batches(demand.seqlen, runtime.device, runtime.batch_size, Silent(), demand.backward)
+    layer = 3 * shape.hidden_size + 4 * shape.intermediate_size
+    activations = layer * size + 8 * shape.intermediate_size
+    if demand.backward:
+        activations += shape.num_layers * (layer * size + 5 * shape.hidden_size * (size + 4))
+    if demand.logits:
+        activations += checkpoint.vocabulary * size
+    grams = sum(gram_bytes(shape, layer) for layer in range(shape.num_layers)) if demand.gram else 0
+    return shape.parameters * size + grams + activations * batch.size * demand.seqlen
+
+
+def should_stream(
+    checkpoint: Checkpoint, runtime: Runtime, demand: Demand, wish: bool | None, progress: Progress
+) -> bool:
+    """Whether to go layer by layer: as wished, else where all that is held at once exceeds the memory."""
     if wish is not None:
         return wish
-    device, dtype, shape = runtime.device, runtime.dtype, checkpoint.shape
-    needed = shape.parameters * dtype.itemsize
-    if gram:
-        needed += sum(gram_bytes(shape, layer) for layer in range(shape.num_layers))
+    device, needed = runtime.device, in_memory_bytes(checkpoint, runtime, demand)
     # Processes that torchrun started on this machine share its memory, but not their GPUs.
     free = free_memory(device) // (1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if needed <= free:
         return False
-    what = f"weights{' and Gram sums' if gram else ''} in {dtype_name(dtype)}"
-    progress.note(
-        f"{what} take {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free: going layer by layer (--stream)"
-    )
+    progress.note(f"{_described(demand, runtime, needed)}, {device} has {free / 1e9:.1f} GB free: going layer by layer "
+                  "(--stream)")  # fmt: skip
     return True
+
+
+def refuse_map(checkpoint: Checkpoint, runtime: Runtime, demand: Demand) -> None:
+    """Raise FlapError where not even all devices that `--device-map` spreads a model over hold what it is asked for."""
+    needed, gpus = in_memory_bytes(checkpoint, runtime, demand), range(torch.cuda.device_count())
+    free = sum(free_memory(torch.device(name)) for name in ("cpu", *(f"cuda:{gpu}" for gpu in gpus)))
+    if needed > free:
+        raise FlapError(
+            f"--device-map: {_described(demand, runtime, needed)}, all devices together have {free / 1e9:.1f} GB free: "
+            "use --stream in its place"
+        )
+
+
+def _described(demand: Demand, runtime: Runtime, needed: int) -> str:
+    sums = " and Gram sums" if demand.gram else ""
+    return f"weights{sums} in {dtype_name(runtime.dtype)} and a batch take {needed / 1e9:.1f} GB"
+
+
+def stay_in_memory(nbytes: int, most: int | None = None) -> bool:
+    """Whether so many bytes of hidden states stay in RAM: up to `most`, and never more than half of what is free."""
+    return nbytes <= min(free_memory(torch.device("cpu")) // 2, nbytes if most is None else most)

@@ -19,6 +19,7 @@ from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime
 from flapcli.execution.hidden_states import HiddenStates
 from flapcli.execution.layerwise import Forward, Layer, LayerwiseModel
+from flapcli.execution.memory import stay_in_memory
 from flapcli.execution.settings import Execution
 from flapcli.progress import Advance, Progress
 from flapcli.pruning.compensation import ClosedForm
@@ -30,7 +31,6 @@ from flapcli.storage.dtypes import torch_dtype
 from flapcli.storage.resume import Resume
 from flapcli.texts.windows import windows_of_stats
 
-ACTIVATION_MEMORY = 8 * 10**9  # both streams stay in memory up to this many bytes, else in files
 PASSES = 3  # of all windows through a layer
 
 
@@ -64,7 +64,7 @@ class SequentialFit:
         layerwise = LayerwiseModel(self.checkpoint, windows, self.runtime, progress)
         hidden_size = self.checkpoint.shape.hidden_size
         stream_bytes = windows.size * hidden_size * dtype.itemsize
-        in_memory = 2 * stream_bytes <= ACTIVATION_MEMORY
+        in_memory = stay_in_memory(2 * stream_bytes)
         # Three of a stream: one is read, while of the other what is read and what is written are there.
         require_space(folder, layout.nbytes + _fits_bytes(layout) + (0 if in_memory else 3 * stream_bytes))
         files = [Resume(folder / "streams" / name, name) for name in ("dense", "pruned")]

@@ -10,6 +10,8 @@ from support.measured import assert_same
 from support.models import CONFIGS, make_tiny, to_bin
 
 from flapcli.artifacts.stats import load_stats
+from flapcli.checkpoints import open_checkpoint
+from flapcli.execution.device import Runtime
 
 SMALL = ["--nsamples", 12, "--seqlen", 24, "--batch-size", 5]
 
@@ -85,9 +87,12 @@ def test_streaming_is_chosen_where_memory_is_short(tiny, flap, text_file, tmp_pa
     args = ("calibrate", tiny("llama-gqa"), "--dataset", text_file, *SMALL, "--dtype", "float32", "--json")
     monkeypatch.setattr(memory, "free_memory", lambda _device: 200_000)
     result = flap(*args, "-d", tmp_path / "one")
-    assert "weights in float32 take 0.0 GB, cpu has 0.0 GB free: going layer by layer" in result.stderr
+    assert "weights in float32 and a batch take 0.0 GB, cpu has 0.0 GB free: going layer by layer" in result.stderr
     assert json.loads(result.stdout)["calibration"]["mode"] == "streamed"
-    monkeypatch.setattr(memory, "free_memory", lambda _device: 330_000)  # weights take 304 KB, Gram sums 65
+    held = memory.in_memory_bytes(  # without Gram sums
+        open_checkpoint(str(tiny("llama-gqa"))), Runtime(torch.device("cpu"), torch.float32, 5), memory.Demand(24)
+    )
+    monkeypatch.setattr(memory, "free_memory", lambda _device: held)
     for gram, mode in (("--no-gram", "in-memory"), ("--gram", "streamed")):
         result = flap(*args, "-d", tmp_path / gram, gram)
         assert json.loads(result.stdout)["calibration"]["mode"] == mode

@@ -192,7 +192,7 @@ def test_batch_sizes_and_masking_change_nothing(calibrated, flap, monkeypatch):
         flap(*apply, "--batch-size", size, "--out", run / f"by-{size}")
         for name, value in weights(run / f"by-{size}").items():
             torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("flapcli.pruning.sequential.ACTIVATION_MEMORY", 0)  # streams in files
+    monkeypatch.setattr("flapcli.execution.memory.free_memory", lambda _device: 0)  # streams in files
     flap(*apply, "--batch-size", 5, "--out", run / "files")
     assert all(torch.equal(value, weights(run / "by-5")[name]) for name, value in weights(run / "files").items())
     flap(*apply, "--mask-only", "--out", run / "masked")
