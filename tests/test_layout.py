@@ -31,7 +31,7 @@ ROOMS = {
     "texts": "windows mixture corpus",
     "execution": "hidden_states layerwise batches loading memory device processes ranks settings",
     "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
-    "reuse target versions shared_names",
+    "unfinished reuse target versions shared_names",
     "checkpoints": "__init__ bin_folder column_norms gguf gguf_header huggingface checkpoint locate hub_errors shards",
     "architecture": "family flap_section modeling_flap rope shape",
     "storage": "hashing linear_algebra resume atomic safetensors_file record dtypes sizes",

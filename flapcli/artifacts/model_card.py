@@ -105,7 +105,8 @@ def _figures(report: EvalReport) -> str:
     seqlen = report.settings.get("seqlen")
     lines = [f"| perplexity (windows of {seqlen} tokens) | pruned | dense |", "|---|---|---|"]
     for text, value in report.perplexity.items():
-        dense = f"{report.baseline.perplexity[text]:.2f}" if report.baseline else "not measured"
+        known = report.baseline.perplexity if report.baseline else {}
+        dense = f"{known[text]:.2f}" if text in known else "not measured"
         lines.append(f"| {Path(text).name} | {value:.2f} | {dense} |")
     return "\n".join(lines)
 

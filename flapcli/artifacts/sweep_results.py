@@ -34,7 +34,10 @@ class Row(Figures):
 
 
 class Sweep(Record):
-    """Rows by rising ratio, the dense model beside them, and what they were made with."""
+    """Rows by rising ratio, the dense model beside them, and what they were made with.
+
+    `unfinished` says what stopped it where rows are missing.
+    """
 
     format: Literal["flap-sweep/1"] = FORMAT
     model: str
@@ -43,6 +46,7 @@ class Sweep(Record):
     settings: dict[str, Any]
     dense: Figures | None
     rows: list[Row]
+    unfinished: str | None = None
     versions: dict[str, str]
 
 

@@ -112,6 +112,8 @@ def _reasons(report: EvalReport) -> list[str]:
 
 
 def _perplexity(measurement: Measurement, text: str) -> str:
+    if text not in measurement.perplexity:
+        return "-"
     value, details = measurement.perplexity[text], measurement.perplexity_details.get(text)
     return f"{value:.2f} ± {details.standard_error:.2f}" if details else f"{value:.2f}"
 

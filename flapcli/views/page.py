@@ -105,7 +105,7 @@ def _tiles(plan: Plan | None, report: EvalReport | None) -> list[tuple[str, str,
         dense = report.baseline
         tiles.append(("parameters", f"{report.size.parameters:,}", f"dense {dense.size.parameters:,}" if dense else ""))
         for text, value in report.perplexity.items():
-            before = f"dense {dense.perplexity[text]:.2f}" if dense else ""
+            before = f"dense {dense.perplexity[text]:.2f}" if dense and text in dense.perplexity else ""
             tiles.append((f"perplexity {Path(text).name}", f"{value:.2f}", before))
         if len(report.averaged_tasks) > 1:
             before = f"dense {dense.task_average:.4f}" if dense and dense.task_average is not None else ""
