@@ -144,6 +144,6 @@ def load_report(path: Path) -> EvalReport:
 
 EVAL = Kind(
     load_report,
-    lambda path: says_format(path, "flap-eval"),
+    lambda path: says_format(path, "flap-eval/"),
     "exists and is not flap's: move it away or give another --out",
 )

@@ -63,6 +63,6 @@ def load_sweep(path: Path) -> Sweep:
 
 SWEEP = Kind(
     load_sweep,
-    lambda path: says_format(path, FORMAT),
+    lambda path: says_format(path, "flap-sweep/"),
     "exists and is not a sweep of flap's: move it away or give another --run-dir",
 )
