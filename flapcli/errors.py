@@ -1,6 +1,6 @@
 """The errors that users see: one line each, with the exit code of the contract."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -16,6 +16,14 @@ class UsageError(FlapError):
     """Misuse, decided by the options alone. Exit code 2."""
 
     exit_code = 2
+
+
+class UnfinishedError(FlapError):
+    """A failure after part of the work: `made` is what was measured until then, for people to see."""
+
+    def __init__(self, message: str, made: Any) -> None:
+        super().__init__(message)
+        self.made = made
 
 
 class UnreachableError(UsageError):

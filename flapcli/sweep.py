@@ -5,14 +5,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flapcli.artifacts.eval_report import EvalReport, Measurement, load_report
+from flapcli.artifacts.eval_report import EVAL, EvalReport, Measurement, load_report
 from flapcli.artifacts.plan import Plan
 from flapcli.artifacts.run_dir import RunDir, holding
 from flapcli.artifacts.sweep_results import SWEEP, Figures, Row, Sweep, save_sweep
+from flapcli.artifacts.unfinished import save_measured, told
 from flapcli.artifacts.versions import versions
 from flapcli.calibration.stage import calibrate
 from flapcli.checkpoints import DEMO, Hub
-from flapcli.evaluation.stage import calibration_text, check_options, evaluate, known_tasks
+from flapcli.evaluation.stage import calibration_text, check_options, check_tasks, evaluate
 from flapcli.evaluation.task_names import task_files_sha256
 from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions
 from flapcli.planning.methods import checked
@@ -120,13 +121,13 @@ def sweep(
 
     All plans are made before anything is applied, so that a ratio that can't be reached costs no time.
     Returns the names of tasks that could not be run too. Raises UsageError for options that don't go together, before
-    anything is calibrated.
+    anything is calibrated; UnfinishedError, with the rows so far, where a later ratio fails.
     """
-    SWEEP.find(run.sweep)  # refuses what is not flap's
+    before = SWEEP.find(run.sweep)  # refuses what is not flap's
     checked(replace(options.plan, ratio=options.ratios[0]))
     options.apply.check()
     check_options(options.evaluate, execution)
-    known_tasks(options.evaluate, None)
+    check_tasks(options.evaluate, _evaluated(run, options), progress)
     header, _ = calibrate(model, run.stats, options.calibrate, hub, execution, force, progress)
     texts, read = options.evaluate.perplexity, header.calibration
     texts = texts or (calibration_text(read.dataset, read.source_sha256, default_text(model), progress),)
@@ -134,11 +135,17 @@ def sweep(
     job = _Job(run, model, hub, replace(options, evaluate=evaluation), execution, force, progress)
     plans = {ratio: job.plan(ratio) for ratio in options.ratios}
     dense = job.evaluate(model, run.path / "sweep" / "dense.json") if options.evaluate.baseline else None
-    failed = set(dense.all_failures) if dense else set()
-    rows = []
+    failed, failure = set(dense.all_failures) if dense else set(), None
+    rows: list[Row] = []
     for ratio, made in plans.items():
         progress.note(f"ratio {ratio}")
-        report = job.point(ratio)
+        try:
+            report = job.point(ratio)
+        except (Exception, KeyboardInterrupt) as error:
+            if not rows:
+                raise
+            failure = error
+            break
         failed |= set(report.all_failures)
         relative = {text: value / dense.perplexity[text] for text, value in report.perplexity.items()} if dense else {}
         achieved, folder = made.ratio.achieved, f"sweep/{ratio}"
@@ -150,10 +157,17 @@ def sweep(
         settings=_settings(job.options, plans[options.ratios[0]]),
         dense=Figures(**_figures(dense)) if dense else None,
         rows=rows,
+        unfinished=told(failure) if failure else None,
         versions=versions(),
     )
-    save_sweep(run.sweep, found)
+    save_measured(save_sweep, run.sweep, found, failure, before is not None and before.unfinished is None)
     return found, sorted(failed)
+
+
+def _evaluated(run: RunDir, options: SweepOptions) -> EvalReport | None:
+    """One of a former sweep's evaluations, which all have the same tasks."""
+    places = (run.path / "sweep" / name / "eval.json" for name in map(str, options.ratios))
+    return next(filter(None, map(EVAL.find, places)), None)
 
 
 def _figures(report: Measurement) -> dict[str, Any]:

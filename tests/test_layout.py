@@ -31,9 +31,9 @@ ROOMS = {
     "texts": "windows mixture corpus",
     "execution": "hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
-    "reuse target versions",
+    "unfinished reuse target versions shared_names",
     "checkpoints": "__init__ bin_folder column_norms gguf gguf_header huggingface checkpoint companion_files locate "
-    "shards weight_index",
+    "hub_errors shards weight_index",
     "architecture": "family flap_section modeling_flap rope shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",

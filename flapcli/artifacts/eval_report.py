@@ -109,14 +109,20 @@ class EvalReport(Measurement):
     """The pruned model's figures, the dense model's beside them, and what they were measured with.
 
     `settings` are the options as asked, with the fingerprints of the checkpoints and texts read; `speedup`
-    compares both models case by case.
+    compares both models case by case. `unfinished` says what stopped it where not all was measured that was asked.
     """
 
     format: Literal["flap-eval/1"] = "flap-eval/1"
     baseline: Measurement | None = None
     speedup: list[Speedup] = Field(default_factory=list)
+    unfinished: str | None = None
     settings: dict[str, Any]
     versions: dict[str, str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was asked could be measured."""
+        return self.unfinished is None and not self.all_failures
 
     @property
     def all_failures(self) -> dict[str, str]:
@@ -138,6 +144,6 @@ def load_report(path: Path) -> EvalReport:
 
 EVAL = Kind(
     load_report,
-    lambda path: says_format(path, "flap-eval"),
+    lambda path: says_format(path, "flap-eval/"),
     "exists and is not flap's: move it away or give another --out",
 )

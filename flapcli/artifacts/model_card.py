@@ -11,6 +11,7 @@ from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
 from flapcli.artifacts.pruned_folder import CARD_MARK, PrunedFolder, is_own_card
+from flapcli.artifacts.shared_names import is_local, shared_name, shared_text
 from flapcli.checkpoints.locate import DEMO, DEMO_HUB_ID
 from flapcli.errors import FlapError
 from flapcli.storage.atomic import atomic_file
@@ -62,16 +63,11 @@ def _hub_id(name: str) -> str | None:
     """The name as a hub id; None for a path on somebody's machine."""
     if name == DEMO:
         return DEMO_HUB_ID
-    return None if Path(name).is_absolute() else name
-
-
-def shared_text(dataset: str | None) -> str | None:
-    """A calibration's texts without the folders of somebody's machine."""
-    return dataset and "+".join(Path(part).name for part in dataset.split("+"))
+    return None if is_local(name) else name
 
 
 def _summary(plan: Plan, made_by: MadeBy) -> str:
-    shown = _hub_id(made_by.model.name) or Path(made_by.model.name).name
+    shown = _hub_id(made_by.model.name) or shared_name(made_by.model.name)
     how = "zeroed in place, shapes unchanged" if made_by.mask_only else "cut out"
     what, source = "attention heads (or KV groups) and MLP neurons", "FLAP: An et al., AAAI 2024, arXiv 2312.11983"
     if plan.method == "depth":

@@ -1,7 +1,7 @@
 """The sweep artifact: what a model costs and says at several ratios, from one calibration. No torch."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,7 +34,10 @@ class Row(Figures):
 
 
 class Sweep(Record):
-    """Rows by rising ratio, the dense model beside them, and what they were made with."""
+    """Rows by rising ratio, the dense model beside them, and what they were made with.
+
+    `unfinished` says what stopped it where rows are missing.
+    """
 
     format: Literal["flap-sweep/1"] = FORMAT
     model: str
@@ -42,12 +45,15 @@ class Sweep(Record):
     stats_sha256: str
     settings: dict[str, Any]
     dense: Figures | None
-    rows: Annotated[list[Row], Field(min_length=1)]
+    rows: list[Row]
+    unfinished: str | None = None
     versions: dict[str, str]
 
     @model_validator(mode="after")
     def _same_texts(self) -> Self:
         models = [*self.rows, *([self.dense] if self.dense else [])]
+        if not self.unfinished and not self.rows:
+            raise ValueError("it has no rows")
         if any(model.perplexity.keys() != models[0].perplexity.keys() for model in models):
             raise ValueError("its models were not measured on the same texts")
         return self
@@ -66,6 +72,6 @@ def load_sweep(path: Path) -> Sweep:
 
 SWEEP = Kind(
     load_sweep,
-    lambda path: says_format(path, FORMAT),
+    lambda path: says_format(path, "flap-sweep/"),
     "exists and is not a sweep of flap's: move it away or give another --run-dir",
 )

@@ -27,7 +27,7 @@ def loss_gradient(
     for part, target in zip(rows.split(TOKENS), targets.split(TOKENS), strict=True):
         with torch.enable_grad():
             leaf = part.requires_grad_()
-            logits = head(leaf).float()
+            logits = head(leaf[None])[0].float()
             loss = cross_entropy(logits, target.to(logits.device), reduction="sum")
         parts += torch.autograd.grad(loss, leaf)
     gradient = torch.zeros_like(states)

@@ -132,10 +132,10 @@ class Checkpoint(ABC):
 
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
-        """The tensors that count: without a tied head's copy and without what no runtime reads."""
+        """The tensors that count: without a tied head's copy, what no runtime reads, and an emptied module's mark."""
         tied = f"{self.family.head}.weight" if self.config.get("tie_word_embeddings") else None
         dropped = tuple(f".{suffix}" for suffix in self.family.ignored_suffixes)
-        counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped)}
+        counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped) and 0 not in s.shape}
         if not counted:
             raise FlapError(f"{self.name} holds no tensors of a model: give the folder that save_pretrained writes")
         for name, spec in counted.items():

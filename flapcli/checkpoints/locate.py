@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from flapcli.checkpoints.hub_errors import why
 from flapcli.checkpoints.weight_index import weight_map
 from flapcli.errors import FlapError
 
@@ -71,7 +72,7 @@ def _weight_names(folder: Path, single: str) -> list[str]:
 def download(repo: str, hub: Hub) -> Path:
     """A hub repository's checkpoint as a local folder, from the cache where it is there.
 
-    Raises FlapError, telling an unknown or gated repository from a hub that can't be reached.
+    Raises FlapError, telling an unknown or gated repository, a hub that can't be reached and a disk that is full apart.
     """
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -98,8 +99,9 @@ def download(repo: str, hub: Hub) -> Path:
         raise FlapError(f"{repo} has no revision {hub.revision} on the hub") from error
     except errors.RepositoryNotFoundError as error:
         raise FlapError(f"no such model on the hub or on disk: {repo} (private ones need HF_TOKEN)") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        raise FlapError(
-            f"{repo}: the hub can't be reached and the model is not in the local cache; check the network "
-            "(HF_HUB_OFFLINE, HF_ENDPOINT, --cache-dir) or give a local folder or .gguf file"
-        ) from error
+    except Exception as error:  # of the HTTP library, whichever it is, and of hf_xet's
+        absent = (
+            " and the model is not in the local cache; check the network (HF_HUB_OFFLINE, HF_ENDPOINT, --cache-dir) or "
+            "give a local folder or .gguf file"
+        )
+        raise FlapError(f"{repo}: {why(error, absent)}") from error

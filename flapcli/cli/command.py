@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,7 +12,7 @@ import typer
 
 from flapcli.cli import options as o
 from flapcli.cli.epilogs import epilog
-from flapcli.errors import FlapError
+from flapcli.errors import FlapError, UnfinishedError
 from flapcli.views import terminal
 
 app = typer.Typer(
@@ -85,11 +86,26 @@ def _describe(error: BaseException) -> str:
 
 def tell(path: Path, made: Any, cached: bool, as_json: bool) -> None:
     """Print a stage's result as JSON or as a table; where it lies, on stderr."""
+    print_made(made, as_json)
+    note_of(path, cached)
+
+
+def print_made(made: Any, as_json: bool) -> None:
+    """A stage's result as JSON or as a table."""
     from flapcli.views.contents import VIEWS
 
     view = VIEWS[type(made)]
     terminal.data(view.data(made)) if as_json else view.draw(made)
-    note_of(path, cached)
+
+
+@contextmanager
+def printing_unfinished(as_json: bool) -> Iterator[None]:
+    """Print what was measured before a failure, which goes on."""
+    try:
+        yield
+    except UnfinishedError as error:
+        print_made(error.made, as_json)
+        raise
 
 
 def note_of(path: Path, cached: bool) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.cli import options as o
-from flapcli.cli.command import RUN, command, not_run, note_of, tell
-from flapcli.errors import UsageError
+from flapcli.cli.command import RUN, command, not_run, note_of, print_made, tell
+from flapcli.errors import UnfinishedError, UsageError
 from flapcli.views import terminal
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(
     from flapcli.artifacts.pruned_folder import check_not_source
     from flapcli.artifacts.run_dir import RunDir, hold
     from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
-    from flapcli.evaluation.stage import known_tasks
+    from flapcli.evaluation.stage import check_tasks
     from flapcli.execution.processes import refuse_several_processes
     from flapcli.execution.settings import SpeedOptions
     from flapcli.views.contents import data_of, inspect
@@ -56,11 +56,12 @@ def run(
     if stages.plan.target and mask_only:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
     check_not_source(RunDir(run_dir).pruned, model)
-    known_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval))
+    check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), terminal.Bars())
     with hold(RunDir(run_dir).stats):
         failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
     if as_json:
-        terminal.data(data_of(inspect(run_dir)))
+        unsaved = {"eval": failed.made.model_dump()} if isinstance(failed, UnfinishedError) else {}
+        terminal.data(data_of(inspect(run_dir)) | unsaved)
     if failed:
         raise failed
 
@@ -87,6 +88,10 @@ def _go(
     ended(run.pruned, *apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, bars))
     try:
         report, cached = evaluate(run.pruned, run.eval, stages.evaluate, None, hub, execution, force, bars)
+    except UnfinishedError as error:
+        if draws:
+            print_made(error.made, as_json=False)
+        return error
     except Exception as error:
         if not run.eval.exists():
             raise

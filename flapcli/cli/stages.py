@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from flapcli.cli import options as o
-from flapcli.cli.command import RUN, command, not_run, tell
+from flapcli.cli.command import RUN, command, not_run, printing_unfinished, tell
 from flapcli.errors import only_with
 from flapcli.views import terminal
 
@@ -131,7 +131,8 @@ def eval_(
     path, name = out or run_dir / "eval.json", checkpoint or run_dir / "pruned"
     how = execution_of(execution, stream, threads, cache_requests)
     options = resolve(asked).evaluate
-    report, cached = stage.evaluate(name, path, options, model, hub_of(hub), how, force, terminal.Bars())
+    with printing_unfinished(as_json):
+        report, cached = stage.evaluate(name, path, options, model, hub_of(hub), how, force, terminal.Bars())
     tell(path, report, cached, as_json)
     if report.all_failures:
         raise not_run(report.all_failures, path)

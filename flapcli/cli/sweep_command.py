@@ -1,7 +1,7 @@
 """`flap sweep`. What is heavy is imported inside."""
 
 from flapcli.cli import options as o
-from flapcli.cli.command import RUN, command, not_run, tell
+from flapcli.cli.command import RUN, command, not_run, printing_unfinished, tell
 from flapcli.views import terminal
 
 
@@ -47,7 +47,8 @@ def sweep(
     stages = resolve(asked)
     options = stage.SweepOptions(wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep)
     run, how = RunDir(run_dir), execution_of(execution, stream)
-    made, failed = stage.sweep(run, model, options, hub_of(hub), how, force, terminal.Bars())
+    with printing_unfinished(as_json):
+        made, failed = stage.sweep(run, model, options, hub_of(hub), how, force, terminal.Bars())
     save_sweep_picture(made, run_dir / "sweep" / "sweep.svg")
     tell(run.sweep, made, False, as_json)
     if failed:

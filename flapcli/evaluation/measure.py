@@ -1,12 +1,9 @@
-"""One model measured: perplexity on each text, tasks, and size."""
+"""One model measured: perplexity on each text, and tasks."""
 
 import gc
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from flapcli.artifacts.eval_report import Measurement, Size
+from flapcli.artifacts.eval_report import Measurement
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.evaluation.perplexity import details, exp_mean, streamed_losses, window_losses
@@ -22,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def measure_model(
+    found: Measurement,
     checkpoint: Checkpoint,
     label: str,
     options: EvalOptions,
@@ -29,38 +27,36 @@ def measure_model(
     stream: bool | None,
     runtime: Runtime,
     progress: Progress,
-) -> Measurement:
-    """A model's perplexity on each of the options' texts, its size, and what `tasks` give; `label` names it in bars.
+) -> None:
+    """Put into `found`, one by one, the options' perplexities and tasks that it lacks; `label` names it in bars.
 
     `stream` reads perplexity layer by layer; None decides by the device's memory. Raises FlapError where text or model
     can't be loaded, and for tasks of a streamed model; a task that can't be run is recorded instead.
     """
+    lacking = [text for text in options.perplexity if text not in found.perplexity]
+    if found.averaged_tasks and not found.task_failures:
+        tasks = None
+    if not (lacking or tasks):
+        return
     quiet_transformers()
     tokenizer = checkpoint.load_tokenizer()
-    seqlen, column = options.seqlen, options.text_column
-    windows = {text: evaluation_windows(text, tokenizer, seqlen, column) for text in options.perplexity}
+    windows = {text: evaluation_windows(text, tokenizer, options.seqlen, options.text_column) for text in lacking}
     for tokens in windows.values():
         checkpoint.refuse_ids(tokens)
     streamed = should_stream(checkpoint, runtime, Demand(options.seqlen, logits=True), stream, progress)
     if streamed and tasks:
         raise FlapError(f"{checkpoint.name}: tasks need the whole model in memory: leave out --tasks or --stream")
     model = None if streamed else load_model(checkpoint, runtime.dtype, runtime.device)
-    losses: dict[str, NDArray[np.float64]] = {}
     for text, tokens in windows.items():
         name = f"{label} on {text}"
         if model is None:
-            losses[text] = streamed_losses(checkpoint, tokens, runtime, progress, name)
+            losses = streamed_losses(checkpoint, tokens, runtime, progress, name)
         else:
-            losses[text] = window_losses(model, tokens, runtime.batch_size, progress, name)
-    found = Measurement(
-        checkpoint=str(checkpoint.path),
-        perplexity={text: exp_mean(values, f"{label} on {text}") for text, values in losses.items()},
-        perplexity_details={text: details(values, windows[text], tokenizer) for text, values in losses.items()},
-        size=Size(parameters=checkpoint.shape.parameters, bytes=checkpoint.nbytes, stored_as=checkpoint.stored_as),
-    )
+            losses = window_losses(model, tokens, runtime.batch_size, progress, name)
+        found.perplexity_details[text] = details(losses, tokens, tokenizer)
+        found.perplexity[text] = exp_mean(losses, name)
     if tasks and model is not None:
         tasks.run(found, model, tokenizer, runtime.batch_size, progress, label)
     del model
     gc.collect()
     give_back()
-    return found

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.architecture.flap_section import MadeBy
-from flapcli.artifacts.eval_report import EVAL, EvalReport, Measurement, Speedup, save_report
+from flapcli.artifacts.eval_report import EVAL, EvalReport, Measurement, Size, Speedup, save_report
 from flapcli.artifacts.model_card import renew_card
 from flapcli.artifacts.pruned_folder import PrunedFolder
 from flapcli.artifacts.run_dir import holding
+from flapcli.artifacts.unfinished import save_measured, told
 from flapcli.artifacts.versions import versions
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError, UsageError
@@ -44,8 +45,9 @@ def evaluate(
 ) -> tuple[EvalReport, bool]:
     """Figures of a checkpoint, and of the dense one that it was pruned from (`model`, if it lies elsewhere by now).
 
-    And whether they were there; a report in which tasks failed is never up to date, so the next call tries them
-    again. Raises UsageError for options that don't go together, FlapError where model or text can't be had.
+    And whether they were there; a report in which tasks failed or parts are missing is never up to date, so the next
+    call tries these again. Raises UsageError for options that don't go together, FlapError where model, text or a
+    task's data can't be had, UnfinishedError (with the report) where a later part fails, or the report can't be saved.
     """
     check_options(options, execution)
     found = EVAL.find(out)
@@ -55,18 +57,27 @@ def evaluate(
     dense = dense_of(checkpoint.made_by, model, hub) if options.baseline else None
     models = {"pruned": checkpoint, "dense": dense} if dense else {"model": checkpoint}
     settings = _settings(options, models, execution.device)
-    if found and not force and _tokenizers_of(settings) | found.settings == settings and not found.all_failures:
-        _renew_card(checkpoint, checkpoint_name, found, progress)  # which a full disk or a kill may have prevented
-        return found, True
+    begun = found if found and not force and _tokenizers_of(settings) | found.settings == settings else None
+    if begun and begun.is_whole:
+        _renew_card(checkpoint, checkpoint_name, begun, progress)  # which a full disk or a kill may have prevented
+        return begun, True
     for each in models.values():
         each.refuse_length(options.seqlen)
     require_writable(out)
-    measured, speedup = _measure(models, options, execution, manager, force, progress)
+    measured, failure = _begin(models, begun), None
+    speedup = begun.speedup if begun else []
+    try:
+        speedup = _measure(models, measured, options, execution, manager, force, progress) or speedup
+    except (Exception, KeyboardInterrupt) as error:
+        if not any(each.perplexity for each in measured.values()):
+            raise
+        failure = error
+    first, baseline = measured[next(iter(models))], measured.get("dense")
     report = EvalReport(
-        **measured[0].model_dump(), baseline=measured[1] if dense else None, speedup=speedup, settings=settings,
-        versions=versions(),
+        **first.model_dump(), baseline=baseline if baseline and baseline.perplexity else None, speedup=speedup,
+        unfinished=told(failure) if failure else None, settings=settings, versions=versions(),
     )  # fmt: skip
-    save_report(out, report)
+    save_measured(save_report, out, report, failure, found is not None and found.is_whole)
     _renew_card(checkpoint, checkpoint_name, report, progress)
     return report, False
 
@@ -78,6 +89,22 @@ def _renew_card(checkpoint: Checkpoint, name: str | Path, report: EvalReport, pr
             renew_card(PrunedFolder(checkpoint.path, checkpoint.config, checkpoint.flap), report)
         except FlapError as error:
             progress.note(f"the model card keeps its old figures: {error}")
+
+
+def _begin(models: dict[str, Checkpoint], begun: EvalReport | None) -> dict[str, Measurement]:
+    """What is known of each model before anything is measured: its size, and what was `begun` of the same request."""
+    known = dict(zip(models, (begun, begun.baseline) if begun else (), strict=False))
+    fields = set(Measurement.model_fields)
+    return {
+        label: Measurement(**there.model_dump(include=fields))
+        if (there := known.get(label))
+        else Measurement(
+            checkpoint=str(each.path),
+            perplexity={},
+            size=Size(parameters=each.shape.parameters, bytes=each.nbytes, stored_as=each.stored_as),
+        )
+        for label, each in models.items()
+    }
 
 
 def check_options(options: EvalOptions, execution: Execution) -> None:
@@ -121,15 +148,24 @@ def known_tasks(options: EvalOptions, found: EvalReport | None) -> "TaskManager 
     return manager
 
 
+def check_tasks(options: EvalOptions, found: EvalReport | None, progress: Progress) -> None:
+    """Raise as `known_tasks`, and FlapError where the data of a task can't be had: before anything is computed."""
+    if manager := known_tasks(options, found):
+        from flapcli.evaluation.tasks import Tasks
+
+        Tasks(options, manager).load(progress)
+
+
 def _measure(
     models: dict[str, Checkpoint],
+    measured: dict[str, Measurement],
     options: EvalOptions,
     execution: Execution,
     manager: "TaskManager | None",
     rewrite_cache: bool,
     progress: Progress,
-) -> tuple[list[Measurement], list[Speedup]]:
-    """Each model's figures, in order, and the pruned one's gains in speed."""
+) -> list[Speedup]:
+    """Put into `measured` what each model's figures lack; returns the pruned one's gains in speed."""
     from flapcli.evaluation.measure import measure_model
     from flapcli.evaluation.speed import check_lengths
     from flapcli.execution.device import Runtime
@@ -143,12 +179,11 @@ def _measure(
 
         manager = manager or task_manager(options.tasks, options.include_path)
         tasks = Tasks(options, manager, execution.cache_requests, rewrite_cache).load(progress)
-    measured = {
-        label: measure_model(checkpoint, label, options, tasks, execution.stream, runtime, progress)
-        for label, checkpoint in models.items()
-    }
-    speedup = _add_speed(measured, models, options.speed, runtime, progress) if options.speed else []
-    return list(measured.values()), speedup
+    for label, checkpoint in models.items():
+        measure_model(measured[label], checkpoint, label, options, tasks, execution.stream, runtime, progress)
+    if not options.speed or all(each.speed for each in measured.values()):
+        return []
+    return _add_speed(measured, models, options.speed, runtime, progress)
 
 
 def _add_speed(

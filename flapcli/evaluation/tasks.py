@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapcli.artifacts.eval_report import Measurement
+from flapcli.checkpoints.hub_errors import is_unreached
 from flapcli.errors import FlapError, first_line
 from flapcli.evaluation.task_names import average, task_files_sha256
 from flapcli.execution.settings import EvalOptions
@@ -34,17 +35,17 @@ CPU_BATCH = 8  # requests; on a GPU lm-eval finds the largest that fits
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks that `options` names: once loaded their data, and why others can't be run."""
+    """The tasks that `options` names, and once loaded their data."""
 
     options: EvalOptions
     manager: "TaskManager"
-    cache_requests: bool
-    rewrite_cache: bool
+    cache_requests: bool = False
+    rewrite_cache: bool = False
     objects: dict[str, Any] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
 
     def load(self, progress: Progress) -> Self:
-        """Load every task's data, once for both models; what can't be loaded is a note and a failure."""
+        """Load every task's data, once for both models. Raises FlapError that names all that can't be loaded."""
+        failures: dict[str, str] = {}
         datasets.disable_progress_bars()
         for library in ("datasets", "huggingface_hub"):
             logging.getLogger(library).setLevel(logging.ERROR)
@@ -53,13 +54,17 @@ class Tasks:
                 try:
                     self.objects[name] = self.manager.load([name])
                 except Exception as error:  # a task runs its own code and datasets': any error may come
-                    self.failures[name] = reason = _reason(error)
-                    offline = isinstance(error, ConnectionError)
-                    hint = "; without a network it needs a copy in datasets' cache" if offline else ""
-                    progress.note(f"task {name}: its data can't be loaded: {reason}{hint}")
+                    offline = is_unreached(error)
+                    failures[name] = _reason(error) + ("; it is not in datasets' cache" if offline else "")
                     if offline:  # ask no more: each further task would wait for five retries again
                         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
                 advance(1)
+        if failures:
+            first = next(iter(failures.values()))
+            raise FlapError(
+                f"the data of {len(failures)} tasks can't be loaded ({', '.join(failures)}): {first}: leave them out "
+                "of --tasks, or load them once with a network"
+            )
         return self
 
     def run(
@@ -80,7 +85,7 @@ class Tasks:
             batch_size=batch_size or ("auto" if model.device.type == "cuda" else CPU_BATCH),
             max_length=getattr(model.config, "max_position_embeddings", None),
         )  # fmt: skip
-        found.task_failures = dict(self.failures)
+        found.task_failures = {}
         heads: list[str] = []  # what stands for a name that was asked: a group's own figure, else its members'
         for name, parts in self.objects.items():
             lm.name = f"{label}: {name}"

@@ -139,34 +139,43 @@ class _Ends:
     """What comes before the first layer and after the last; learns what the decoder's code calls each layer with."""
 
     def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device) -> None:
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint, self.device, self.model = checkpoint, device, model
         self.decoder = model.get_submodule(checkpoint.family.decoder)
-        self.model, self.count = model, checkpoint.shape.num_layers
+        self._layers = [
+            model.get_submodule(checkpoint.family.layer.format(i=i)) for i in range(checkpoint.shape.num_layers)
+        ]
         inside, layers = f"{checkpoint.family.decoder}.", checkpoint.family.layer.split("{i}")[0]
-        self._names = [n for n in checkpoint.tensors if n.startswith(inside) and not n.startswith(layers)]
+        outside = [name for name in checkpoint.tensors if not name.startswith(layers)]
+        self._names = [name for name in outside if name.startswith(inside)]
+        self._head_names = [name for name in outside if not name.startswith(inside)]
         self._arguments: dict[int, list[Arguments]] = {}
-        self._loaded = False
-        self._head: torch.Tensor | None = None
+        self._loaded: list[str] = []
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input of the first layer, (batch, seqlen, hidden), for token ids (batch, seqlen)."""
-        self._load()
+        self._load(self._names)
         seen: list[tuple[torch.Tensor, Arguments]] = []
-        with self._listening(seen), suppress(_LastLayerReachedError):
+
+        def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+            states = args[0] if args else kwargs.pop("hidden_states")
+            seen.append((states, (args[1:], kwargs)))
+            if len(seen) == len(self._layers):
+                raise _LastLayerReachedError
+            return states
+
+        with self._in_place_of_layers(note), suppress(_LastLayerReachedError):
             self.decoder(input_ids=ids.to(self.device), use_cache=False)
         self._arguments[len(ids)] = [arguments for _, arguments in seen]
         return seen[0][0]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """What comes after the last layer: final norm and head, (batch, seqlen, vocab_size)."""
-        self._load()
-        family = self.checkpoint.family
-        if self._head is None:
-            name = f"{family.head}.weight"
-            embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
-            own = name in self.checkpoint.tensors
-            self._head = self.checkpoint.read(name).to(self.device, embedding.dtype) if own else embedding
-        return torch.nn.functional.linear(self.model.get_submodule(family.final_norm)(states), self._head)
+        """What the model's own code makes of the last layer's output, (batch, seqlen, vocab_size)."""
+        self._load([*self._names, *self._head_names])
+        head = self.model.get_submodule(self.checkpoint.family.head)
+        if f"{self.checkpoint.family.head}.weight" not in self._head_names:
+            head.weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        with self._in_place_of_layers(lambda *_, **__: states):
+            return self.model(inputs_embeds=states, use_cache=False).logits
 
     def arguments(self, layer: int, ids: torch.Tensor) -> Arguments:
         """What `layer` is called with for a batch of this size; it depends on sizes alone, so it is made once."""
@@ -176,40 +185,34 @@ class _Ends:
         return self._arguments[len(ids)][layer]
 
     @contextmanager
-    def _listening(self, seen: list[tuple[torch.Tensor, Arguments]]) -> Iterator[None]:
-        """Layers that note their arguments and pass hidden states on as they are."""
-        layers = [self.model.get_submodule(self.checkpoint.family.layer.format(i=i)) for i in range(self.count)]
-
-        def note(*args: Any, **kwargs: Any) -> torch.Tensor:
-            states = args[0] if args else kwargs.pop("hidden_states")
-            seen.append((states, (args[1:], kwargs)))
-            if len(seen) == self.count:
-                raise _LastLayerReachedError
-            return states
-
-        for layer in layers:
-            layer.forward = note
+    def _in_place_of_layers(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Every layer called does this, while the code around them is the model's own."""
+        for layer in self._layers:
+            layer.forward = forward
         try:
             yield
         finally:
-            for layer in layers:
+            for layer in self._layers:
                 del layer.forward
 
-    def _load(self) -> None:
-        if not self._loaded:
-            self._set_each(lambda name, empty: self.checkpoint.read(name).to(self.device, empty.dtype))
-            self._loaded = True
+    def _load(self, names: list[str]) -> None:
+        if self._loaded != names:
+            self._set_each(names, lambda name, empty: self.checkpoint.read(name).to(self.device, empty.dtype))
+            self._loaded = names
 
     def unload(self) -> None:
         """Give the embeddings' and the head's memory back."""
+        self._set_each(self._loaded, lambda _, loaded: loaded.to(META))
         if self._loaded:
-            self._set_each(lambda _, loaded: loaded.to(META))
-        self._loaded, self._head = False, None
+            self.model.get_submodule(self.checkpoint.family.head).to(META)  # where it was the embedding
+        self._loaded = []
         give_back()
 
-    def _set_each(self, value: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    def _set_each(self, names: list[str], value: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         """Put in every weight's place what `value` makes of its name and of what is there."""
-        for name in self._names:
+        for name in names:
             parent, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(parent)
-            setattr(owner, leaf, torch.nn.Parameter(value(name, getattr(owner, leaf)), requires_grad=False))
+            if (there := getattr(owner, leaf, None)) is None:
+                raise FlapError(f"{self.checkpoint.name}: transformers leaves out 1 tensors: {name}")
+            setattr(owner, leaf, torch.nn.Parameter(value(name, there), requires_grad=False))

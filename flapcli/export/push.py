@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flapcli.artifacts.model_card import shared_text
 from flapcli.artifacts.plan import load_plan, save_plan
 from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder
-from flapcli.errors import FlapError, first_line
+from flapcli.artifacts.shared_names import shared_name, shared_text
+from flapcli.checkpoints.hub_errors import why
+from flapcli.errors import FlapError
 from flapcli.storage.hashing import files_below
 
 LOCAL = (".git", ".cache", "__pycache__")  # what tools leave in a folder
@@ -44,7 +45,7 @@ def push(folder: Path, repo: str, private: bool) -> str:
     except FlapError:
         raise
     except Exception as error:  # connection errors come from the HTTP library that huggingface_hub uses
-        raise FlapError(f"{repo}: the hub can't be reached: {first_line(error)}") from error
+        raise FlapError(f"{repo}: {why(error, '')}") from error
     return str(address)
 
 
@@ -55,22 +56,17 @@ def shareable(pruned: PrunedFolder) -> dict[str, str | bytes]:
     """
     files: dict[str, str | bytes] = {name: str(path) for name, path in files_below(pruned.path, LOCAL).items()}
     made_by = pruned.flap.made_by
-    model = made_by.model.model_copy(update={"name": _shared(made_by.model.name)})
+    model = made_by.model.model_copy(update={"name": shared_name(made_by.model.name)})
     made_by = made_by.model_copy(update={"model": model, "dataset": shared_text(made_by.dataset)})
     config = pruned.config | {"flap": pruned.flap.model_copy(update={"made_by": made_by}).as_json()}
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     if "plan.yaml" in files:
         plan = load_plan(pruned.path / "plan.yaml")
         update = {
-            "model": plan.model.model_copy(update={"name": _shared(plan.model.name)}),
+            "model": plan.model.model_copy(update={"name": shared_name(plan.model.name)}),
             "stats": plan.stats.model_copy(update={"path": Path(plan.stats.path).name}),
         }
         with TemporaryDirectory() as scratch:
             save_plan(Path(scratch) / "plan.yaml", plan.model_copy(update=update))
             files["plan.yaml"] = (Path(scratch) / "plan.yaml").read_bytes()
     return files
-
-
-def _shared(name: str) -> str:
-    """A name that says nothing of this machine: the last part of a path, and a hub's id as it is."""
-    return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name

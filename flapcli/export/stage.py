@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from flapcli import __version__
 from flapcli.artifacts.reuse import Kind
 from flapcli.artifacts.run_dir import holding
+from flapcli.artifacts.shared_names import shared_name
 from flapcli.checkpoints import DEMO, Checkpoint, GgufCheckpoint, Hub, open_checkpoint
 from flapcli.checkpoints.gguf import metadata_string
 from flapcli.errors import FlapError, problems
@@ -86,7 +87,7 @@ def export_gguf(
     checkpoint = open_checkpoint(name, hub)
     if checkpoint.path.is_file():
         raise FlapError(f"{name} is a GGUF file already: give a checkpoint folder, such as DIR/pruned")
-    model = ExportedModel(name=checkpoint.name, fingerprint=checkpoint.fingerprint)
+    model = ExportedModel(name=shared_name(checkpoint.name), fingerprint=checkpoint.fingerprint)
     files = [checkpoint.path / "config.json", *checkpoint.companions.values()]
     companions = files_sha256(checkpoint.path, files)
     made_by = Exported(version=__version__, model=model, outtype=outtype, companions=companions)

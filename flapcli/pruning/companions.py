@@ -18,7 +18,7 @@ from flapcli.pruning.layout import Layout
 from flapcli.pruning.slicing import FitReport
 from flapcli.storage.dtypes import TABLE
 
-MODELING = "modeling_flap.py"
+MODELING, TOKENIZER = "modeling_flap.py", "tokenizer_config.json"
 
 
 def write_companions(folder: Path, layout: Layout, made_by: MadeBy, report: FitReport) -> None:
@@ -98,4 +98,8 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     from transformers import GenerationConfig
 
     checkpoint.load_tokenizer().save_pretrained(folder)
+    settings = json.loads((folder / TOKENIZER).read_bytes())
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # whose name transformers 4 does not know
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / TOKENIZER).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     GenerationConfig.from_model_config(checkpoint.load_config()).save_pretrained(folder)

@@ -185,10 +185,10 @@ class _Steps:
         weight_name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
         source, hidden_size = self.checkpoint.tensors.get(weight_name), self.checkpoint.shape.hidden_size
         weight = bias = None
-        if source is not None and (len(cut.kept) or self.masked):
-            columns = source.shape[1] if self.masked else len(cut.kept)
-            weight = self._written(weight_name, (hidden_size, columns), source.dtype)
         own_bias = self.checkpoint.tensors.get(bias_name)
+        if source or not self.masked:  # also without columns, which stops loaders that know nothing of flap
+            columns = source.shape[1] if source and self.masked else len(cut.kept)
+            weight = self._written(weight_name, (hidden_size, columns), (source or own_bias or self).dtype)
         if self.adds_bias or own_bias:
             like = own_bias or source
             bias = self._written(bias_name, (hidden_size,), like.dtype if like else self.dtype)

@@ -81,8 +81,9 @@ def _output(step: Output, layout: Layout, compensation: Compensation, report: Fi
     if fit.raised is not None:
         report.raised[cut.layer, cut.module] = fit.raised
     made = []
-    if step.weight and weight is not None:
-        made.append(scatter(fit.weight, cut.kept, 1, tuple(weight.shape)) if layout.masked else fit.weight)
+    if step.weight:
+        columns = fit.weight if weight is not None else torch.zeros(step.weight.shape)
+        made.append(scatter(columns, cut.kept, 1, step.weight.shape) if layout.masked else columns)
     if step.bias:
         parts = (part for part in (own_bias, fit.bias) if part is not None)
         made.append(sum(parts, torch.zeros(step.bias.shape, dtype=torch.float64)))

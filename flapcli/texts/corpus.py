@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapcli.checkpoints import DEMO
+from flapcli.checkpoints.hub_errors import why
 from flapcli.errors import FlapError, UsageError, first_line
 from flapcli.storage.hashing import sha256
 
@@ -173,10 +174,8 @@ def _hub_rows(name: str, split: Split) -> Sequence[str]:
     try:
         rows = datasets.load_dataset(text.repo, text.config, split=theirs, revision=text.revision, **files)
     except Exception as error:  # datasets raises a dozen kinds, among them bare ValueError and OSError
-        raise FlapError(
-            f"{name} ({text.repo} on the hub) can't be loaded and is not in datasets' cache: {first_line(error)}; "
-            "without a network use `pydoc` or a .txt, .jsonl or .parquet file"
-        ) from error
+        absent = " and no copy is in datasets' cache; without a network use `pydoc` or a .txt, .jsonl or .parquet file"
+        raise FlapError(f"{name} ({text.repo} on the hub) can't be loaded: {why(error, absent)}") from error
     return rows[text.column]
 
 

@@ -183,8 +183,9 @@ def save_picture(source: Path, target: Path) -> None:
     if existing is None:
         raise FlapError(f"{source} holds no plan to draw: run `flap plan` first")
     refuse_other(target, (b"\x89png",) if kind == "png" else (b"<?xml", b"<svg"), f".{kind} picture")
+    undated = {"Date": None} if kind == "svg" else None  # so that equal plans give equal files
     with rc_context(STYLE), atomic_file(target) as scratch:
-        kept_picture(load_plan(existing)).savefig(scratch, format=kind, dpi=160)
+        kept_picture(load_plan(existing)).savefig(scratch, format=kind, dpi=160, metadata=undated)
 
 
 def sweep_picture(sweep: Sweep) -> Figure:

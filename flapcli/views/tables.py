@@ -125,6 +125,8 @@ def show_report(report: EvalReport) -> None:
     out.print(table)
     for line in speed_lines(report):
         out.print(Text(line), soft_wrap=True)
+    if report.unfinished:
+        out.print(Text(f"unfinished: {report.unfinished}"), soft_wrap=True)
     if report.all_failures:
         out.print(Text(f"tasks that were not run: {', '.join(report.all_failures)}"), soft_wrap=True)
 
@@ -177,6 +179,8 @@ def show_sweep(sweep: Sweep) -> None:
         table.add_row(str(model.ratio) if isinstance(model, Row) else "dense", *cells)
     out.print(table)
     out.print(_plot(models, texts))
+    if sweep.unfinished:
+        out.print(Text(f"unfinished: {sweep.unfinished}"), soft_wrap=True)
 
 
 def _cell(row: Figures, text: str) -> str:

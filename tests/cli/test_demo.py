@@ -53,6 +53,11 @@ def test_older_readers_find_the_ropes_base(demo):
     assert "rope_scaling" not in config
 
 
+def test_transformers_4_knows_the_tokenizers_class(demo):
+    settings = json.loads((demo[0] / "pruned" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_run_prunes_saves_and_measures(demo):
     run, data = demo
     assert {"stats", "plan", "checkpoint", "eval"} == set(data)

@@ -108,13 +108,15 @@ def test_an_interrupted_sweep_goes_on(arguments, flap, tmp_path, monkeypatch):
     monkeypatch.setattr(device.torch, "from_numpy", interrupt)
     assert "interrupted" in flap("sweep", *arguments, "-d", run, code=1).stderr
     monkeypatch.undo()
-    assert not (run / "sweep.json").exists()
+    swept = json.loads((run / "sweep.json").read_text())
+    assert swept["unfinished"] == "interrupted"
+    assert len(swept["rows"]) == 1
     before = stamp(run)
     assert run / "sweep" / "0.1" / "eval.json" in before
     flap("sweep", *arguments, "-d", run)
     after = stamp(run)
     again = {path for path, time in before.items() if after.get(path) not in (None, time)}
-    assert again == set()
+    assert again == {run / "sweep.json"}
     assert not (run / "sweep" / "0.3" / "pruned").exists()
     assert len(load_sweep(run / "sweep.json").rows) == 2
 

@@ -6,9 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.models import load_dense, load_tokenizer
+import transformers
+from support.measured import CPU
+from support.models import CONFIGS, load_dense, load_tokenizer
 
+from flapcli.checkpoints import open_checkpoint
 from flapcli.evaluation.perplexity import predicted_bytes, window_losses
+from flapcli.execution.device import Runtime
+from flapcli.execution.layerwise import LayerwiseModel
+from flapcli.execution.loading import load_model
 from flapcli.progress import Silent
 from flapcli.texts.corpus import evaluation_windows
 
@@ -64,6 +70,29 @@ def test_streamed_equals_in_memory(any_tiny, prune, flap, text_file, tmp_path):
         report = json.loads((run / "eval.json").read_text())
         found[way] = [report["perplexity"][str(text_file)], report["baseline"]["perplexity"][str(text_file)]]
     assert found["--stream"] == pytest.approx(found["--no-stream"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_are_the_models_own(kind, tiny, texts, monkeypatch):
+    """To the bit, also where a family does more after the head than today's: here a scale and a cap."""
+    checkpoint, runtime = open_checkpoint(tiny(kind)), Runtime(CPU, torch.float32, 4)
+    forward = (family := getattr(transformers, checkpoint.family.architecture)).forward
+
+    def capped(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 3 * torch.tanh(output.logits / 7)
+        return output
+
+    monkeypatch.setattr(family, "forward", capped)
+    windows = evaluation_windows(texts[0], checkpoint.load_tokenizer(), 12)[:4]
+    layerwise, states, found = LayerwiseModel(checkpoint, windows, runtime, Silent()), [], []
+    with torch.inference_mode():
+        layerwise.embed(lambda _, embedded: states.append(embedded))
+        for layer in layerwise.layers(range(checkpoint.shape.num_layers)):
+            layerwise.run(layer, lambda _, through: states.append(through(states[-1])))
+        layerwise.head(lambda _, logits: found.append(logits(states[-1])))
+        whole = load_model(checkpoint, torch.float32, CPU)(torch.from_numpy(windows)).logits
+    assert torch.equal(found[0], whole)
 
 
 def test_stream_refuses_what_needs_the_whole_model(tiny, prune, flap, text_file, tmp_path):

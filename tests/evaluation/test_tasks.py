@@ -163,24 +163,55 @@ def test_unknown_names_are_refused_before_any_model(flap, tmp_path, task_files):
     assert "--include-path" in missing.stderr
 
 
-def test_a_task_without_data_is_one_line_and_the_others_stay(tiny, flap, text_file, task_files, tmp_path):
-    out = tmp_path / "eval.json"
+def test_a_task_without_data_is_refused_before_anything_is_computed(tiny, flap, text_file, task_files, tmp_path):
+    tasks = ["--include-path", task_files, "--tasks", "local_gone,local_choice"]
+    for command in (
+        ["eval", tiny("qwen2"), "--no-baseline", "--perplexity", text_file, "--out", tmp_path / "eval.json"],
+        ["run", tiny("qwen2"), "-d", tmp_path / "run", "--dataset", text_file],
+        ["sweep", tiny("qwen2"), "-d", tmp_path / "run", "--dataset", text_file],
+    ):
+        [line] = flap(*command, *tasks, code=1).stderr.splitlines()
+        assert "the data of 1 tasks can't be loaded (local_gone)" in line
+        assert "nowhere.jsonl" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_zero_shot_without_a_network_is_refused_first(tiny, flap, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    result = flap("run", tiny("qwen2"), "-d", tmp_path / "run", "--dataset", text_file, "--tasks", "zero-shot", code=1)
+    assert "the data of 7 tasks can't be loaded (boolq, " in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_fails_is_one_line_and_the_others_stay(tiny, flap, text_file, task_files, tmp_path, monkeypatch):
+    from flapcli.evaluation import tasks
+
+    evaluate, out = tasks.evaluator.simple_evaluate, tmp_path / "eval.json"
+
+    def failing(*args, **kwargs):
+        if kwargs["model"].name.endswith("local_text"):
+            raise KeyError("a task's own code")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(tasks.evaluator, "simple_evaluate", failing)
     command = ["eval", tiny("qwen2"), "--no-baseline", "--perplexity", text_file, "--seqlen", 16, "--out", out,
-               "--include-path", task_files, "--tasks", "local_gone,local_choice"]  # fmt: skip
+               "--include-path", task_files, "--tasks", "local_text,local_choice"]  # fmt: skip
     result = flap(*command, code=1)
-    [line] = [line for line in result.stderr.splitlines() if "local_gone" in line and "not every task" not in line]
-    assert line.startswith("task local_gone: ")
+    [line] = [line for line in result.stderr.splitlines() if "local_text" in line and "not every task" not in line]
+    assert line.startswith("task local_text: ")
     report = json.loads(out.read_text())
     assert set(report["tasks"]) == {"local_choice"}
-    assert "nowhere.jsonl" in report["task_failures"]["local_gone"]
+    assert "own code" in report["task_failures"]["local_text"]
     dense = {key: value for key, value in report.items() if key in Measurement.model_fields}
     report |= {"baseline": dense, "task_failures": {}}  # failed on the dense model alone
-    assert set(EvalReport.model_validate(report).all_failures) == {"local_gone"}
+    assert set(EvalReport.model_validate(report).all_failures) == {"local_text"}
     told = flap("run", tiny("qwen2"), "-d", tmp_path / "run", "--dataset", text_file, "--nsamples", 3, *command[3:7],
-                "--include-path", task_files, "--tasks", "local_gone,local_choice", "--json", code=1)  # fmt: skip
+                *command[9:], "--json", code=1)  # fmt: skip
     assert set(json.loads(told.stdout)["eval"]["tasks"]) == {"local_choice"}
     assert report["perplexity"]
-    assert "up to date" not in flap(*command, code=1).stderr  # a failure is tried again
+    monkeypatch.undo()
+    assert "up to date" not in flap(*command).stderr  # a failure is tried again
+    assert set(json.loads(out.read_text())["tasks"]) == {"local_text", "local_choice"}
 
 
 def test_cached_requests_are_used_and_follow_edited_files(tiny, flap, text_file, tmp_path, monkeypatch):

@@ -145,6 +145,7 @@ def test_cache_and_foreign_files(tiny, prune, flap, tmp_path):
     run = prune(tiny("llama-gqa"), tmp_path / "run")
     first = json.loads(flap("export", "gguf", "-d", run, "--json").stdout)
     assert first["bytes"] == (run / "pruned.gguf").stat().st_size
+    assert str(tmp_path.parent).encode() not in (run / "pruned.gguf").read_bytes()
     before = (run / "pruned.gguf").stat().st_mtime_ns
     again = flap("export", "gguf", "-d", run, "--json")
     assert "up to date" in again.stderr

@@ -13,7 +13,14 @@ import torch
 import yaml
 from support.edits import edit_keep
 from support.models import CONFIGS, SIZES, make_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    TorchAoConfig,
+)
 
 IDS = torch.tensor([[5, 17, 200, 31, 7, 99], [1, 2, 3, 4, 5, 6]])
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 8}
@@ -58,6 +65,18 @@ def test_a_left_padded_batch_generates_what_each_alone_does(folder, cache):
     for prompt, row in zip(prompts, batch, strict=True):
         alone = model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :]
         assert torch.equal(row[longest:], alone)
+
+
+def test_continuous_batching_generates_what_each_prompt_alone_does(folder):
+    """Its cache has the configuration's heads in every layer, and is no transformers.Cache."""
+    prompts = [[5, 17, 200, 31, 7, 99, 250], [9, 8, 40]]
+    model = load(folder, attn_implementation="sdpa")
+    how = GenerationConfig(do_sample=False, max_new_tokens=4, eos_token_id=-1, pad_token_id=0)
+    answers = model.generate_batch(prompts, generation_config=how, progress_bar=False)
+    for prompt, answer in zip(prompts, answers.values(), strict=True):
+        assert answer.error is None
+        alone = model.generate(torch.tensor([prompt]), **GREEDY | {"max_new_tokens": 4})[0, len(prompt) :]
+        assert answer.generated_tokens == alone.tolist()
 
 
 def test_to_bfloat16(folder):

@@ -109,6 +109,7 @@ def test_pictures(run, flap, tmp_path):
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
     flap("show", run / "plan.yaml", "--plot", tmp_path / "kept.svg")
     assert ElementTree.parse(tmp_path / "kept.svg").getroot().tag.endswith("svg")
+    assert "dc:date" not in (tmp_path / "kept.svg").read_text()  # equal plans give equal pictures
     assert "--plot" in flap("show", run, "--plot", tmp_path / "kept.pdf", code=2).stderr
     assert "no plan" in flap("show", run / "stats.safetensors", "--plot", tmp_path / "a.png", code=1).stderr
 
