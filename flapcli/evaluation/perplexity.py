@@ -14,8 +14,12 @@ from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.batches import STREAM, Batches
 from flapcli.execution.device import Runtime
+from flapcli.execution.hidden_states import HiddenStates, ResidualStream
 from flapcli.execution.layerwise import Forward, LayerwiseModel
+from flapcli.execution.memory import stay_in_memory
 from flapcli.progress import Progress
+from flapcli.storage.atomic import explain, require_space
+from flapcli.storage.resume import Resume
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,28 +54,36 @@ def streamed_losses(
 ) -> NDArray[np.float64]:
     """What `window_losses` returns, with one layer's weights in memory at a time, then the head's.
 
-    Hidden states of all windows, (n, seqlen, hidden_size), stand in RAM. Raises FlapError as that does.
+    Hidden states of all windows, (n, seqlen, hidden_size), stand in RAM or, where that is short, in files. Raises
+    FlapError as that does, and where the disk has no room for these.
     """
     layerwise = LayerwiseModel(checkpoint, windows, runtime, progress)
     device, num_layers = runtime.device, checkpoint.shape.num_layers
-    hidden = torch.empty(*windows.shape, checkpoint.shape.hidden_size, dtype=runtime.dtype)
-    sums = np.empty(len(windows))
-
-    def keep(part: slice, states: torch.Tensor) -> None:
-        hidden[part] = states.cpu()
+    size = (*windows.shape, checkpoint.shape.hidden_size)
+    nbytes, files = math.prod(size) * runtime.dtype.itemsize, Resume(runtime.scratch, "perplexity")
+    in_memory, sums = stay_in_memory(nbytes), np.empty(len(windows))
+    require_space(runtime.scratch.parent, 0 if in_memory else 2 * nbytes)  # a layer's input and output
+    hidden = ResidualStream(HiddenStates(size, runtime.dtype, in_memory, files), device)
 
     def through(part: slice, forward: Forward) -> None:
-        keep(part, forward(hidden[part].to(device)))
+        hidden.write(part, forward(hidden.read(part)))
 
     def read(part: slice, logits: Forward) -> None:
-        sums[part] = loss_sums(logits(hidden[part].to(device)), layerwise.tokens(part).to(device))
+        sums[part] = loss_sums(logits(hidden.read(part)), layerwise.tokens(part).to(device))
 
     total = windows.size * (num_layers + 2)
-    with torch.inference_mode(), progress.task(description, total, "tokens x layers") as advance:
-        layerwise.embed(keep, advance)
-        for layer in layerwise.layers(range(num_layers)):
-            layerwise.run(layer, through, advance)
-        layerwise.head(read, advance)
+    try:
+        with torch.inference_mode(), progress.task(description, total, "tokens x layers") as advance:
+            layerwise.embed(hidden.write, advance)
+            hidden.turn()
+            for layer in layerwise.layers(range(num_layers)):
+                layerwise.run(layer, through, advance)
+                hidden.turn()
+            layerwise.head(read, advance)
+    except OSError as error:
+        raise explain(error, files.folder) from error
+    finally:
+        files.discard()
     return mean_losses(sums, windows, description)
 
 

@@ -67,7 +67,7 @@ def evaluate(
     measured, failure = _begin(models, begun), None
     speedup = begun.speedup if begun else []
     try:
-        speedup = _measure(models, measured, options, execution, manager, force, progress) or speedup
+        speedup = _measure(out, models, measured, options, execution, manager, force, progress) or speedup
     except (Exception, KeyboardInterrupt) as error:
         if not any(each.perplexity for each in measured.values()):
             raise
@@ -157,6 +157,7 @@ def check_tasks(options: EvalOptions, found: EvalReport | None, progress: Progre
 
 
 def _measure(
+    out: Path,
     models: dict[str, Checkpoint],
     measured: dict[str, Measurement],
     options: EvalOptions,
@@ -170,7 +171,7 @@ def _measure(
     from flapcli.evaluation.speed import check_lengths
     from flapcli.execution.device import Runtime
 
-    runtime = Runtime.of_eval(execution, options.dtype)
+    runtime = replace(Runtime.of_eval(execution, options.dtype), scratch=out)
     if options.speed:
         check_lengths(models.values(), options.speed)
     tasks = None

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -13,11 +14,15 @@ from flapcli.storage.dtypes import torch_dtype
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a model runs, in what, and in batches of how many windows; None chooses and adapts a size."""
+    """Where a model runs, in what, and in batches of how many windows; None chooses and adapts a size.
+
+    Hidden states that exceed memory go into files beside `scratch`.
+    """
 
     device: torch.device
     dtype: torch.dtype
     batch_size: int | None = None
+    scratch: Path = Path("flap")
 
     @classmethod
     def of(cls, execution: Execution, dtype: str) -> "Runtime":

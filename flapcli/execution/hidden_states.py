@@ -99,3 +99,22 @@ class HiddenStates:
 
     def _path(self, layer: int) -> Path:
         return self.resume.folder / f"{self.name}-{layer}.bin"
+
+
+class ResidualStream:
+    """A model's residual stream before the layer at hand, read to the device and written batch by batch."""
+
+    def __init__(self, hidden: HiddenStates, device: torch.device) -> None:
+        self.hidden, self.device, self._turns = hidden, device, 0
+
+    def read(self, part: slice) -> torch.Tensor:
+        return self.hidden.read(part).to(self.device)
+
+    def write(self, part: slice, states: torch.Tensor) -> None:
+        self.hidden.write(part, states.cpu())
+
+    def turn(self) -> None:
+        """All was written: from now on that is read."""
+        self._turns += 1
+        self.hidden.turn(self._turns)
+        self.hidden.forget(self._turns - 1)

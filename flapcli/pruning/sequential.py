@@ -17,7 +17,7 @@ from flapcli.artifacts.stats import Stats
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime
-from flapcli.execution.hidden_states import HiddenStates
+from flapcli.execution.hidden_states import HiddenStates, ResidualStream
 from flapcli.execution.layerwise import Forward, Layer, LayerwiseModel
 from flapcli.execution.memory import stay_in_memory
 from flapcli.execution.settings import Execution
@@ -82,25 +82,6 @@ def _fits_bytes(layout: Layout) -> int:
     """Bytes of all fits' weights as they are written, without what is masked."""
     outputs = [step for step in layout.steps if isinstance(step, Output) and step.weight]
     return sum(o.weight.shape[0] * len(o.cut.kept) * torch_dtype(o.weight.dtype).itemsize for o in outputs if o.weight)
-
-
-class ResidualStream:
-    """The residual stream of one of the two models before the layer at hand, read and written batch by batch."""
-
-    def __init__(self, hidden: HiddenStates, device: torch.device) -> None:
-        self.hidden, self.device, self._turns = hidden, device, 0
-
-    def read(self, part: slice) -> torch.Tensor:
-        return self.hidden.read(part).to(self.device)
-
-    def write(self, part: slice, states: torch.Tensor) -> None:
-        self.hidden.write(part, states.cpu())
-
-    def turn(self) -> None:
-        """All was written: from now on that is read."""
-        self._turns += 1
-        self.hidden.turn(self._turns)
-        self.hidden.forget(self._turns - 1)
 
 
 class _ProjectionReachedError(Exception):

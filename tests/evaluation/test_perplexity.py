@@ -13,6 +13,7 @@ from support.models import CONFIGS, load_dense, load_tokenizer
 from flapcli.checkpoints import open_checkpoint
 from flapcli.evaluation.perplexity import predicted_bytes, window_losses
 from flapcli.execution.device import Runtime
+from flapcli.execution.hidden_states import HiddenStates
 from flapcli.execution.layerwise import LayerwiseModel
 from flapcli.execution.loading import load_model
 from flapcli.progress import Silent
@@ -70,6 +71,30 @@ def test_streamed_equals_in_memory(any_tiny, prune, flap, text_file, tmp_path):
         report = json.loads((run / "eval.json").read_text())
         found[way] = [report["perplexity"][str(text_file)], report["baseline"]["perplexity"][str(text_file)]]
     assert found["--stream"] == pytest.approx(found["--no-stream"], rel=1e-6)
+
+
+def test_hidden_states_in_files_change_nothing(tiny, flap, text_file, tmp_path, monkeypatch):
+    args = (
+        "eval",
+        tiny("llama-gqa"),
+        "--perplexity",
+        text_file,
+        "--seqlen",
+        24,
+        "--batch-size",
+        3,
+        "--stream",
+        "--json",
+    )
+    in_memory = json.loads(flap(*args, "-d", tmp_path / "memory").stdout)
+    written = []
+    turn = HiddenStates.turn
+    monkeypatch.setattr(HiddenStates, "turn", lambda self, layer: (turn(self, layer), written.append(self._source)))
+    monkeypatch.setattr("flapcli.execution.memory.free_memory", lambda _device: 0)
+    in_files = json.loads(flap(*args, "-d", tmp_path / "files").stdout)
+    assert in_files["perplexity"] == in_memory["perplexity"]
+    assert [path.name for path in written] == [f"hidden-{turn}.bin" for turn in (1, 2, 3, 4)]
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["eval.json"]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
