@@ -27,6 +27,7 @@ class Runtime:
     @classmethod
     def of(cls, execution: Execution, dtype: str) -> "Runtime":
         """As asked for. Raises UsageError where this machine has no such device."""
+        torch.set_float32_matmul_precision("highest")  # float32 is float32, whatever an image says of TF32
         device = pick_device(execution.device)
         return cls(device, pick_dtype(dtype, device), execution.batch_size)
 
@@ -64,17 +65,26 @@ def own_gpu(device: torch.device) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of `--dtype`: by itself bfloat16 where the hardware multiplies it, else float32."""
     if name == "auto":
-        native = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+        native = BFLOAT16[device.type](device) if device.type in BFLOAT16 else False
         return torch.bfloat16 if native else torch.float32
     return torch_dtype(name)
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:
     """What long sums are kept in: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
-def _cpu_has_bfloat16() -> bool:
+def _cpu_has_bfloat16(_device: torch.device) -> bool:
     """Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); emulated it is slower than float32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+
+
+def _gpu_has_bfloat16(device: torch.device) -> bool:
+    """From Ampere on; those before (V100, T4) emulate it."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+BFLOAT16 = {"cpu": _cpu_has_bfloat16, "cuda": _gpu_has_bfloat16}  # which multiply it themselves, by kind
+NO_FLOAT64 = {"mps"}
