@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -320,10 +321,16 @@ def test_a_real_signal(tiny, text_file, tmp_path):
     """SIGINT while a process calibrates."""
     command = [sys.executable, "-m", "flapcli", "calibrate", str(tiny("llama-gqa")), "-d", str(tmp_path / "run"),
                "--dataset", str(text_file), "--nsamples", "200000", "--seqlen", "24", "--batch-size", "1"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in the background ignores
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)  # noqa: PLW1509
+    try:
+        while process.poll() is None and not (tmp_path / "run").exists():  # until it holds its place
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert stderr.splitlines()[-1].startswith("error: interrupted; nothing half-done is left behind")
     assert "Traceback" not in stderr
