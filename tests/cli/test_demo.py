@@ -98,12 +98,12 @@ def test_bfloat16_statistics_keep_the_plan(flap, tmp_path):
     plans, values = {}, {}
     for dtype in ("float32", "bfloat16"):
         run = tmp_path / dtype
-        flap("calibrate", "-d", run, "--nsamples", 32, "--dtype", dtype)
+        flap("calibrate", "-d", run, "--nsamples", 16, "--dtype", dtype)
         flap("plan", "-d", run)
         flap("apply", "-d", run)
         plans[dtype] = load_plan(run / "plan.yaml")
         model = load_model(open_checkpoint(str(run / "pruned")), torch.float32, CPU)
-        windows = evaluation_windows("pydoc", source.load_tokenizer(), 128)[:16]
+        windows = evaluation_windows("pydoc", source.load_tokenizer(), 128)[:8]
         values[dtype] = exp_mean(window_losses(model, windows, None, Silent()))
     gone = {
         dtype: {

@@ -39,7 +39,7 @@ def written(run, flap, tmp_path, plan, *options):
 
 
 @pytest.mark.parametrize("options", STRUCTURES)
-@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases"])
 def test_the_largest_plan_that_is_not_over(calibrated, flap, tmp_path, kind, options):
     run, plan = calibrated(kind), tmp_path / "plan.yaml"
     dense = load_header(run / "stats.safetensors").model

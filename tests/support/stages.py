@@ -96,12 +96,17 @@ class Place:
         shutil.copytree(self.run, self.folder / base)
 
     def states(self, name: str, base: str, whole: Path) -> list[str]:
-        """Of each artifact: absent, old as in the base, whole as in the folder `whole`. AssertionError otherwise."""
+        """Of each artifact: absent, old as in the base, whole as in the folder `whole`, or unfinished and saying so.
+
+        AssertionError otherwise.
+        """
         found = []
         for artifact in STAGES[name].artifacts:
             now = contents(self.run / artifact)
             kinds = {"absent": {}, "old": contents(self.folder / base / artifact), "whole": contents(whole / artifact)}
             kind = next((kind for kind, expected in kinds.items() if now == expected), None)
+            if kind is None and not kinds["old"] and b'"unfinished":"' in now.get("", b""):
+                kind = "unfinished"  # says itself that it holds what was measured before the end
             assert kind, f"{name}: {artifact} is neither absent, old nor whole ({sorted(now)})"
             found.append(kind)
         return found
