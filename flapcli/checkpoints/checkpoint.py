@@ -204,8 +204,8 @@ class Checkpoint(ABC):
         if quantised := self.config.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
             raise FlapError(
-                f"{self.name}: config.json has a quantization_config ({method}), and flap prunes plain weights: give "
-                "the model as it was before quantisation, or remove that key where the weights are plain"
+                f"{self.name} is quantised ({method}: config.json has a quantization_config), and flap prunes plain "
+                "weights: give the model as it was before quantisation, or remove that key where they are plain"
             )
 
     def _refuse_odd_settings(self) -> None:

@@ -86,7 +86,7 @@ def test_a_quantization_config_on_plain_weights_is_refused(tiny, flap, text_file
     folder = changed(tiny("llama-gqa"), tmp_path / "model", config=config)
     for way in ("--stream", "--no-stream"):
         said = flap("calibrate", folder, "-d", tmp_path / "run", "--dataset", text_file, way, code=1).stderr
-        assert "quantization_config (bitsandbytes)" in said
+        assert "is quantised (bitsandbytes: config.json has a quantization_config)" in said
 
 
 def test_what_transformers_made_up_is_refused(tiny, monkeypatch):
