@@ -164,8 +164,7 @@ def test_resumed_equals_straight(tiny, flap, text_file, tmp_path, monkeypatch):
         np.testing.assert_array_equal(resumed.fisher[key], values)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("memory", ["8GB", "1KB"])
+@pytest.mark.parametrize(("dtype", "memory"), [("float32", "8GB"), ("bfloat16", "1KB")])
 def test_streamed_equals_in_memory(any_tiny, dtype, memory, flap, text_file, tmp_path):
     more = ("--dtype", dtype)
     whole = calibrated(flap, any_tiny, text_file, tmp_path / "memory", "--no-stream", *more)
