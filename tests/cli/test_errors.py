@@ -274,10 +274,7 @@ def test_foreign_outputs_are_kept(flap, run, tiny, text_file, tmp_path):
 def test_a_full_disk_leaves_what_was_there(run, text_file, stage):
     """Files of more than some bytes can't be written (RLIMIT_FSIZE), as on a disk that is full."""
     limit = {"apply": 60_000, "eval": 100}[stage]
-    options = {
-        "apply": ["--force"],
-        "eval": ["--perplexity", str(text_file), "--seqlen", "16"],
-    }[stage]
+    options = {"apply": ["--force"], "eval": ["--perplexity", str(text_file), "--seqlen", "16"]}[stage]
     before = contents(run)
     done = subprocess.run(
         [sys.executable, "-m", "flapcli", stage, "-d", str(run), *options],
