@@ -177,6 +177,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 def explain(error: OSError, target: Path) -> FlapError:
     """The error of one line for what the file system said of `target`."""
-    if error.errno in NO_SPACE:
+    cut_short = error.errno is None and str(error).endswith(" written")  # numpy's: "9 requested and 4 written"
+    if error.errno in NO_SPACE or cut_short:
         return FlapError(f"no space left while writing {target}: free some disk space or use --out elsewhere")
     return FlapError(f"cannot write {target}: {error.strerror or error}")

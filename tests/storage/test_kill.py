@@ -8,10 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.stages import STAGES
 from transformers import LlamaConfig
+
+from flapcli.storage.atomic import explain
 
 TESTS = Path(__file__).parents[1]
 MEMORY = "/dev/shm"  # where flushing to disk costs nothing
@@ -43,6 +46,14 @@ def test_a_full_disk_is_named_and_nothing_half_done_is_left():
     found = run("full", 2)
     assert {name: row["points"] for name, row in found.items()} == dict.fromkeys(STAGES, 2)
     assert all(row["exit 1"] for row in found.values())
+
+
+def test_a_full_disk_in_numpys_words(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is full")
+    with pytest.raises(OSError) as told, open("/dev/full", "wb", buffering=0) as full:
+        np.zeros(1 << 20).tofile(full)
+    assert "no space left while writing" in str(explain(told.value, tmp_path))
 
 
 @pytest.fixture(scope="module")
