@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.full import Disk, filled
 from support.stages import STAGES, Place
 
-COLUMNS = ["stage", "points", "bytes", "exit 1", "absent", "old", "whole"]
+COLUMNS = ["stage", "points", "bytes", "exit 1", "absent", "old", "whole", "unfinished"]
 
 
 def main() -> None:

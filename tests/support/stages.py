@@ -3,6 +3,7 @@
 Each starts from a folder that holds its inputs, with or without an older artifact in the place of its own.
 """
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ class Place:
             now = contents(self.run / artifact)
             kinds = {"absent": {}, "old": contents(self.folder / base / artifact), "whole": contents(whole / artifact)}
             kind = next((kind for kind, expected in kinds.items() if now == expected), None)
-            if kind is None and not kinds["old"] and b'"unfinished":"' in now.get("", b""):
+            if kind is None and not kinds["old"] and artifact.endswith(".json") and json.loads(now[""])["unfinished"]:
                 kind = "unfinished"  # says itself that it holds what was measured before the end
             assert kind, f"{name}: {artifact} is neither absent, old nor whole ({sorted(now)})"
             found.append(kind)
