@@ -3,7 +3,8 @@
     python tests/benchmarks/eval_memory.py [--windows 64,1024] [--seqlen 128]
 
 On the demo, streamed and not, in processes of their own; above what importing takes. What grows with the number of
-windows, or with the load beside it, is memory that results or the heap's fragments hold on to. Half an hour, with --seqlen 32 ten minutes.
+windows, or with the load beside it, is memory that results or the heap's fragments hold on to. Half an
+hour, with --seqlen 32 ten minutes.
 """
 
 import argparse
