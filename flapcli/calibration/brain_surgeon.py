@@ -26,10 +26,8 @@ def eliminate(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, ri
     """
     w, units, left = weight.double(), len(fisher), torch.arange(len(fisher))
     alone = _unit_errors(w, _blocks(gram, units).double()).clamp_min(torch.finfo(torch.float64).tiny)
-    scale, inverse = (
-        fisher.double() / alone,
-        torch.cholesky_inverse(cholesky_factor(gram.double().clone, ridge).cholesky),
-    )
+    factor = cholesky_factor(lambda: gram.to(torch.float64, copy=True), ridge)
+    scale, inverse = fisher.double() / alone, torch.cholesky_inverse(factor.cholesky)
     levels, level = torch.zeros(units, dtype=torch.float64), 0.0
     while len(left):
         rises = scale[left] * _unit_errors(w, torch.linalg.inv(_blocks(inverse, len(left))))

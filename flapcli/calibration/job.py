@@ -2,7 +2,7 @@
 
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
         require_writable(request.out)
     progress = Silent() if ranks.rank else progress
     runtime = Runtime.of(execution, options.dtype)
-    runtime = Runtime(own_gpu(runtime.device), runtime.dtype, runtime.batch_size)
+    runtime = replace(runtime, device=own_gpu(runtime.device))
     demand = Demand(options.seqlen, options.gram, options.fisher)
     if execution.device_map:
         refuse_map(checkpoint, runtime, demand)

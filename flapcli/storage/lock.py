@@ -22,7 +22,7 @@ from flapcli.storage.atomic import clear_leftovers, scratch_beside
 from flapcli.storage.owner import Owner
 
 BEAT, STALE = 10.0, 90.0  # seconds
-_held: dict[tuple[int, Path], int] = {}  # (thread, lock): how often; a process that forks has other threads
+_held: set[tuple[int, Path]] = set()  # by which thread, which lock; a process that forks has other threads
 
 
 @contextmanager
@@ -48,13 +48,13 @@ def locked(lock: Path, shown: Path, names: Iterable[str]) -> Iterator[None]:
         return
     stop = threading.Event()
     threading.Thread(target=_beat, args=(lock, text, stop), daemon=True).start()
-    _held[key] = 1
+    _held.add(key)
     try:
         for name in names:
             clear_leftovers(lock.with_name(name), held=True)
         yield
     finally:
-        del _held[key]
+        _held.remove(key)
         stop.set()
         with suppress(OSError):
             if lock.read_text(encoding="utf-8") == text:

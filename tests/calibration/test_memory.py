@@ -10,29 +10,25 @@ import torch
 from support import models
 from transformers import LlamaConfig
 
+TESTS = Path(__file__).parents[1]
 MEASURED = """
 import json, sys
-from pathlib import Path
 import torch
+from support.resident import begin, peak
 import flapcli.execution.memory as memory
 from flapcli.calibration import in_memory, job
 from flapcli.cli.app import app
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-def resident(kind):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
-
 counted = []
 count = memory.in_memory_bytes
 memory.in_memory_bytes = lambda *args: counted.append(count(*args)) or counted[-1]
 torch.randn(64, 64) @ torch.randn(64, 64)
-Path("/proc/self/clear_refs").write_text("5")
-before = resident("VmRSS")
+before = begin()
 try:
     app(sys.argv[1:])
 except SystemExit as end:
-    print(json.dumps({"code": end.code, "counted": counted[0], "held": resident("VmHWM") - before}))
+    print(json.dumps({"code": end.code, "counted": counted[0], "held": peak() - before}))
 """
 
 
@@ -64,7 +60,7 @@ def test_the_estimate_is_what_is_held(wide, text_file, tmp_path, more):
     ]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *args, "--dtype", "float32", *more],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, cwd=TESTS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

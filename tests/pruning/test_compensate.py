@@ -133,14 +133,11 @@ def test_lstsq_without_gram_says_what_to_do(tiny, prune, flap, tmp_path):
     assert "run `flap calibrate --gram`" in result.stderr
 
 
+TESTS = Path(__file__).parents[1]
 PEAK = """
-from pathlib import Path
 import torch
+from support.resident import begin, peak
 from flapcli.pruning.compensation import least_squares
-
-def resident(kind):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 def arguments(n):
     kept, pruned = torch.arange(n).split(n * 8 // 10 + 1)
@@ -149,15 +146,14 @@ def arguments(n):
 n = 3072
 least_squares(*arguments(100))  # loads what torch loads at its first call
 args = arguments(n)
-Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-before = resident("VmRSS")
+before = begin()
 least_squares(*args)
-print((resident("VmHWM") - before) / (8 * n * n))
+print((peak() - before) / (8 * n * n))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak of memory")
 def test_no_more_than_two_matrices_beside_the_gram_matrix():
     """In float64, of which the formulas as they are written would take five; in a process without other memory."""
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=TESTS)
     assert float(done.stdout) < 2.2
