@@ -24,7 +24,7 @@ ROOMS = {
     " ": "sweep",
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
     "block_influence fisher moments",
-    "planning": "stage methods depth allocation scores target_search",
+    "planning": "stage methods depth even_groups allocation scores target_search",
     "pruning": "stage companions sequential sequential_fit slicing compensation layout cut stock_form kept_layers",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
@@ -34,7 +34,7 @@ ROOMS = {
     "unfinished reuse target versions shared_names",
     "checkpoints": "__init__ bin_folder column_norms gguf gguf_header huggingface checkpoint companion_files locate "
     "hub_errors shards weight_index",
-    "architecture": "family flap_section modeling_flap rope shape",
+    "architecture": "family flap_section modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",
 }

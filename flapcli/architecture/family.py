@@ -2,21 +2,26 @@
 
 A description says where sizes stand in config.json, which projections produce a module's channels and
 which one consumes them, and which tensors stay whole; what it leaves out is that of the family that it is `like`.
-Adding a family that fits adds a file.
+`variants` are what holds in its place where config.json has certain values. Adding a family that fits adds a file.
 """
 
 import json
+import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flapcli.architecture.flap_section import FlapSection
-from flapcli.architecture.shape import LayerShape, Module, Size
+from flapcli.architecture.rows import Symbols
+from flapcli.architecture.shape import LayerShape, Module
 from flapcli.errors import FlapError
 from flapcli.storage.record import Record
 
 FAMILIES = Path(__file__).parent / "families"
 MAX_LAYERS, MAX_SIZE = 10**5, 10**8
+SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+Setting = Callable[[str], Any]  # a key of a model's configuration -> its value, None where it has none
 
 
 def _is_size(name: str, value: object) -> bool:
@@ -27,12 +32,26 @@ def _is_size(name: str, value: object) -> bool:
 class ModuleDescription(Record):
     """One of a layer's two modules, by tensor prefixes below the layer's.
 
-    `producers` maps each projection that produces the module's channels to the size that its rows
-    follow; `output` is the projection whose columns are the channels.
+    `output` is the projection whose input's columns are the module's channels, head by head or neuron by neuron.
+    `producers` are the projections that make them, `unit_tensors` (by full names) other tensors whose first axis
+    follows heads or neurons: each maps to which rows belong to what (`architecture.rows`). `attributes` of submodules
+    must follow a layer's sizes, as expressions of them; one of a configuration that a submodule reads is named with
+    `config`, such as `self_attn.config.num_attention_heads`. `head_arguments` are arguments of attention with an entry
+    for each head: their axis, on which batch and heads may lie together. `adds_residual`: attention adds the residual
+    stream by itself, which is its second argument.
     """
 
     output: str
-    producers: dict[str, Size]
+    producers: dict[str, Symbols]
+    unit_tensors: dict[str, Symbols]
+    attributes: dict[str, str]
+    head_arguments: dict[str, int]
+    adds_residual: bool
+
+    @property
+    def tensors(self) -> dict[str, Symbols]:
+        """All that is cut to the units that stay but the output projection: prefixes, and full names."""
+        return self.producers | self.unit_tensors
 
 
 class GgufExport(Record):
@@ -48,48 +67,63 @@ class GgufExport(Record):
 
 
 class GgufDescription(Record):
-    """How llama.cpp stores the family: its name of the architecture and the projections whose rows it permutes.
+    """How llama.cpp stores the family: its name of the architecture, None of one that flap does not read from GGUF, and
+    the projections whose rows it permutes.
 
     `config` maps its metadata's keys, below the architecture's name, to those of config.json that they fill. `export`
     is how a pruned model is written, or the reason why it can't be.
     """
 
-    architecture: str
+    architecture: str | None
     permuted: list[str]
     config: dict[str, str]
     export: GgufExport | str = "flap knows no architecture of llama.cpp with per-layer sizes for it"
 
 
+class Refusal(Record):
+    """A value of config.json that makes a model one that flap can't prune, and why."""
+
+    key: str
+    values: list[Any]
+    why: str
+
+
 class Family(Record):
-    """A model family. `sizes` maps our names of sizes to config.json's keys.
+    """A model family, by its `name`, the model_type of config.json. `sizes` maps our names of sizes to the keys that
+    it has, or to a number that they always are.
 
     `decoder` and `layer` are prefixes of tensor names, the latter with the layer's index. `between_modules` is the
-    layer's submodule whose input is the residual stream between attention and MLP. `per_layer_lists` are the
-    configuration's lists of one entry for each layer, `leading_layer_counts` its numbers of first layers that differ
-    from the rest: what must follow where whole layers are dropped. `untouched_in_layer` (below the layer's prefix) and
-    `outside_layers` hold tensors that pruning leaves whole; names that end in `ignored_suffixes` no runtime reads.
-    `bias_options` maps a module to the configuration's switch that gives all its projections biases.
+    layer's submodule whose input is the residual stream between attention and MLP; None where both read the same
+    stream and add to it side by side. `per_layer_lists` are the configuration's lists of one entry for each layer,
+    `leading_layer_counts` its numbers of first layers that differ from the rest: what must follow where whole layers
+    are dropped. `untouched_in_layer` (below the layer's prefix) and `outside_layers` hold tensors that pruning leaves
+    whole, the embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to
+    the configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files
+    into those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored
+    (in, out). `refuses` are values of config.json that flap can't prune, and why. `notes` are for people.
     """
 
     name: str
     covers: str
-    model_type: str
     architecture: str
-    sizes: dict[str, str]
+    sizes: dict[str, str | int]
     decoder: str
     layer: str
     attention: ModuleDescription
     mlp: ModuleDescription
-    between_modules: str
+    between_modules: str | None
     per_layer_lists: list[str]
     leading_layer_counts: list[str]
     bias_options: dict[Module, str]
     untouched_in_layer: list[str]
     ignored_suffixes: list[str]
-    final_norm: str
     head: str
     outside_layers: list[str]
     gguf: GgufDescription
+    stored_names: list[tuple[str, str]]
+    transposed: bool
+    refuses: list[Refusal]
+    notes: str
 
     def module(self, module: Module) -> ModuleDescription:
         return self.attention if module == "attention" else self.mlp
@@ -98,26 +132,34 @@ class Family(Record):
         """Full prefix of a module's output projection, such as `model.layers.0.mlp.down_proj`."""
         return f"{self.layer.format(i=layer)}.{self.module(module).output}"
 
-    def read_sizes(self, config: dict[str, Any]) -> dict[str, int]:
-        """Sizes of the architecture from config.json, defaults of transformers' configs filled in.
+    def own_name(self, stored: str) -> str:
+        """The model's name of a tensor that files have under another one."""
+        for pattern, name in self.stored_names:
+            stored = re.sub(pattern, name, stored)
+        return stored
 
+    def read_sizes(self, setting: Setting, width: int | None = None) -> dict[str, int]:
+        """Sizes of the architecture: those of config.json, and what its class of transformers makes of missing ones.
+
+        `width` is the MLP's as its tensors have it, for a family whose configuration need not say it.
         Raises FlapError that lists every missing size, and every value that is none.
         """
-        sizes = {name: config.get(key) for name, key in self.sizes.items()}
-        odd = [f"{self.sizes[name]} is {value!r:.80}" for name, value in sizes.items() if not _is_size(name, value)]
+        keys = {name: key for name, key in self.sizes.items() if isinstance(key, str)}
+        sizes: dict[str, Any] = {n: setting(keys[n]) if n in keys else self.sizes.get(n) for n in SIZES}
+        odd = [f"{keys.get(name)} is {value!r:.80}" for name, value in sizes.items() if not _is_size(name, value)]
         if odd:
             raise FlapError(f"config.json of a {self.name} model: {', '.join(odd)}, where a whole number is wanted")
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+        sizes["intermediate_size"] = sizes["intermediate_size"] or width
         if sizes["head_dim"] is None and sizes["hidden_size"] and sizes["num_attention_heads"]:
             sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
-        missing = [self.sizes[name] for name, value in sizes.items() if value is None]
+        missing = [keys.get(name, name) for name, value in sizes.items() if value is None]
         if missing:
             raise FlapError(f"config.json of a {self.name} model lacks {', '.join(missing)}")
-        return {name: value for name, value in sizes.items() if value is not None}
+        return {name: int(value) for name, value in sizes.items() if value is not None}
 
-    def read_layers(self, config: dict[str, Any], flap: FlapSection | None) -> tuple[LayerShape, ...]:
+    def read_layers(self, sizes: dict[str, int], flap: FlapSection | None) -> tuple[LayerShape, ...]:
         """Each layer's own sizes: those under `flap` where the model was pruned, else the architecture's."""
-        sizes = self.read_sizes(config)
         count = sizes["num_layers"]
         if flap is None:
             return (LayerShape(*(sizes[size] for size in LayerShape._fields)),) * count
@@ -129,25 +171,45 @@ class Family(Record):
 
 @cache
 def families() -> dict[str, Family]:
-    """All descriptions in the folder families/ by the model_type they read."""
-    found = [Family.model_validate(_description(path.stem)) for path in sorted(FAMILIES.glob("*.json"))]
-    return {family.model_type: family for family in found}
+    """All descriptions in the folder families/, each without its variants; `_` begins what several are `like`."""
+    files = (path.stem for path in sorted(FAMILIES.glob("*.json")) if not path.stem.startswith("_"))
+    return {name: Family.model_validate(_description(name)[0]) for name in files}
 
 
-def _description(name: str) -> dict[str, Any]:
-    """A file of families/, over that of the family that it is `like`; `gguf` is taken key by key."""
+@cache
+def _description(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A file of families/, over that of the family that it is `like`, and its variants."""
     own = json.loads((FAMILIES / f"{name}.json").read_bytes())
-    base = _description(own.pop("like")) if "like" in own else {}
-    return base | own | {"gguf": base.get("gguf", {}) | own["gguf"]}
+    base = _description(own.pop("like"))[0] if "like" in own else {}
+    variants = own.pop("variants", [])
+    return _over(base, own), variants
 
 
-def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a config.json. Raises FlapError for an unknown one, never guesses."""
-    model_type = config.get("model_type")
-    if family := families().get(str(model_type)):
-        return family
-    known = ", ".join(families())
-    raise FlapError(f"{where}: model_type {json.dumps(model_type):.80} is not supported; flap prunes: {known}")
+def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A description over another; `gguf` and the modules are taken key by key."""
+    merged = base | own
+    for key in ("gguf", "attention", "mlp"):
+        merged[key] = base.get(key, {}) | own.get(key, {})
+    return merged
+
+
+def family_of(model_type: object, setting: Setting, where: str) -> Family:
+    """The family of a configuration, in its variant. Raises FlapError for an unknown one, never guesses."""
+    if not (family := families().get(str(model_type))):
+        known = ", ".join(families())
+        raise FlapError(
+            f"{where}: model_type {json.dumps(model_type):.80} is not supported; flap prunes: {known}; "
+            f"a new family takes a description of its own beside those in {FAMILIES}"
+        )
+    description, variants = _description(family.name)
+    for variant in variants:
+        if all(setting(key) in values for key, values in variant["when"].items()):
+            description = _over(description, {key: value for key, value in variant.items() if key != "when"})
+    family = Family.model_validate(description)
+    for refusal in family.refuses:
+        if (value := setting(refusal.key)) in refusal.values:
+            raise FlapError(f"{where}: {refusal.key} is {value!r:.80}, which flap does not prune: {refusal.why}")
+    return family
 
 
 def family_of_gguf(architecture: str, where: str) -> Family:
@@ -155,5 +217,5 @@ def family_of_gguf(architecture: str, where: str) -> Family:
     for family in families().values():
         if family.gguf.architecture == architecture:
             return family
-    known = ", ".join(sorted({family.gguf.architecture for family in families().values()}))
+    known = ", ".join(sorted({name for family in families().values() if (name := family.gguf.architecture)}))
     raise FlapError(f"{where}: GGUF architecture {architecture!r:.80} is not supported; flap reads: {known}")

@@ -61,13 +61,24 @@ class MadeBy(Record):
 
 
 class ModuleLayout(Record):
-    """A module as modeling_flap.py rebuilds it: its projections, and the rows of each for one of what it counts."""
+    """A module as modeling_flap.py rebuilds it, its projections and what else follows their sizes.
+
+    `producers` maps a projection to what it counts, `rows` being those for one of it, or to its rows layer by layer;
+    `channels` is the producer that has the output's channels, or their number layer by layer. Layer by layer too, and
+    left out where nothing changes: rows of `unit_tensors`, `attributes`, and under `kept_heads` which of the
+    configuration's heads stay, by which `head_arguments` are cut (`architecture.family`).
+    """
 
     kind: Module
     output: str
-    producers: dict[str, str]
-    rows: dict[str, int]
-    channels: str
+    producers: dict[str, str | list[int]]
+    rows: dict[str, int] | None = None
+    channels: str | list[int]
+    unit_tensors: dict[str, list[int]] | None = None
+    attributes: dict[str, list[int]] | None = None
+    head_arguments: dict[str, int] | None = None
+    kept_heads: list[list[int]] | None = None
+    adds_residual: bool | None = None
 
 
 class FlapSection(Record):
@@ -75,7 +86,8 @@ class FlapSection(Record):
 
     `parameters` is None in folders of older versions, `source_layers` where all layers were written, `output_error`
     (per layer: share of the output's variance lost with the pruned channels' mean, and with least squares) without
-    least squares, `modules` in a stock checkpoint, which needs no modeling_flap.py. `files` are the sizes in bytes of
+    least squares, `modules` in a stock checkpoint, which needs no modeling_flap.py; `decoder_layers` is where the
+    layers are in the model where that is not model.layers. `files` are the sizes in bytes of
     what else was written into the folder, by which a user's files there are told; None in folders of older versions.
     """
 
@@ -88,6 +100,7 @@ class FlapSection(Record):
     source_layers: list[int] | None = None
     output_error: dict[Module, list[tuple[float, float] | None]] | None = None
     modules: list[ModuleLayout] | None = None
+    decoder_layers: str | None = None
     files: dict[str, int] | None = None
     made_by: MadeBy
 

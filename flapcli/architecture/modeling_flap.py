@@ -25,6 +25,7 @@ class Constant(nn.Module):
 
     def __init__(self, size: int, bias: bool) -> None:
         super().__init__()
+        self.size = size
         self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if bias else None)
         self.register_buffer("weight", torch.zeros(size, 0))
 
@@ -32,29 +33,47 @@ class Constant(nn.Module):
         state_dict.setdefault(f"{prefix}weight", self.weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(like) if self.bias is None else self.bias.expand_as(like)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[:-1]
+        return x.new_zeros(*rows, self.size) if self.bias is None else self.bias.expand(*rows, self.size).clone()
+
+
+class Nothing(nn.Module):
+    """A projection that produces no channels: the MLP's own code goes on with none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., :0]
 
 
 class Emptied(nn.Module):
-    """What is left of a module whose units are all pruned: its output projection's bias, or zero."""
+    """What is left of attention whose heads are all pruned: its output projection's bias, or zero."""
 
-    def __init__(self, hidden_size: int, output: str, bias: bool, layer: int | None) -> None:
+    def __init__(self, output: str, constant: Constant, layer: int, adds_residual: bool) -> None:
         super().__init__()
-        self.output, self.layer = output, layer
-        self.add_module(output, Constant(hidden_size, bias))
+        self.output, self.layer, self.adds_residual = output, layer, adds_residual
+        self.add_module(output, constant)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = self.get_submodule(self.output)(hidden_states)
-        if self.layer is None:
-            return result
+        if self.adds_residual:
+            result = result + (args[0] if args else kwargs["residual"])
         # A cache counts tokens by its layers' keys, so a layer without heads stores one empty channel. That of
         # continuous batching counts by itself.
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        if isinstance(cache, transformers.Cache):
-            keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(keys, keys, self.layer)
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, transformers.Cache):
+                keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+                cache.update(keys, keys, self.layer)
         return result, None
+
+
+class LayerConfig:
+    """A model's configuration with some values of a layer's own; all others stay the model's, also once they change."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__.get("_config"), name)
 
 
 class Padded:
@@ -77,7 +96,8 @@ class PrunedMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        for index, layer in enumerate(self.get_decoder().layers):  # type: ignore[attr-defined]
+        layers = self.get_submodule(config.flap.get("decoder_layers", "model.layers"))  # type: ignore[attr-defined]
+        for index, layer in enumerate(layers):
             for description in config.flap["modules"]:
                 _resize(layer, index, description, config)
         named = self.named_modules()  # type: ignore[attr-defined]
@@ -87,24 +107,78 @@ class PrunedMixin:
 
 def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: Any) -> None:
     """Give one module of one layer its pruned sizes."""
-    flap = config.flap
+    flap, is_attention = config.flap, description["kind"] == "attention"
     output = description["output"]
     parent, _, leaf = output.rpartition(".")
     dense = layer.get_submodule(output)
     bias = dense.bias is not None or output in flap["biases"]
-    widths = {name: flap[size][index] * description["rows"][size] for name, size in description["producers"].items()}
-    if not any(widths.values()):
-        attention = description["kind"] == "attention"
-        layer.set_submodule(parent, Emptied(config.hidden_size, leaf, bias, index if attention else None))
+    rows = {name: _rows(flap, description, counted, index) for name, counted in description["producers"].items()}
+    if not any(rows.values()):
+        constant = Constant(_width(dense), bias)
+        if is_attention:
+            layer.set_submodule(parent, Emptied(leaf, constant, index, description.get("adds_residual", False)))
+            return
+        for name in rows:
+            layer.set_submodule(name, Nothing())
+        layer.set_submodule(output, constant)
         return
-    for name, rows in widths.items():
+    for name, count in rows.items():
         old = layer.get_submodule(name)
-        layer.set_submodule(name, _linear(old, config.hidden_size, rows, old.bias is not None))
-    channels = widths[description["channels"]]
-    layer.set_submodule(output, _linear(dense, channels, config.hidden_size, bias))
-    missing = config.num_key_value_heads - flap["num_key_value_heads"][index]
-    if missing and description["kind"] == "attention":
-        layer.get_submodule(parent).register_forward_pre_hook(functools.partial(_widen, missing), with_kwargs=True)
+        layer.set_submodule(name, _projection(old, _columns(old), count, old.bias is not None))
+    counted = description["channels"]
+    channels = rows[counted] if isinstance(counted, str) else counted[index]
+    layer.set_submodule(output, _projection(dense, channels, _width(dense), bias))
+    for name, counts in (description.get("unit_tensors") or {}).items():
+        owner, _, attribute = name.rpartition(".")
+        whole = getattr(layer.get_submodule(owner), attribute)
+        cut = nn.Parameter(whole.new_empty(counts[index], *whole.shape[1:]))
+        setattr(layer.get_submodule(owner), attribute, cut)
+    for path, values in (description.get("attributes") or {}).items():
+        _set(layer, path, values[index])
+    if is_attention:
+        _fit_arguments(layer.get_submodule(parent), index, description, config)
+
+
+def _rows(flap: dict[str, Any], description: dict[str, Any], counted: Any, index: int) -> int:
+    """A producer's rows: those of what it counts, or as they are listed layer by layer."""
+    return flap[counted][index] * description["rows"][counted] if isinstance(counted, str) else counted[index]
+
+
+def _set(layer: nn.Module, path: str, value: int) -> None:
+    """Set an attribute of a submodule, or of the configuration that it reads."""
+    owner, _, name = path.rpartition(".")
+    if owner.endswith(".config"):
+        reader = layer.get_submodule(owner.removesuffix(".config"))
+        if not isinstance(reader.config, LayerConfig):
+            reader.config = LayerConfig(reader.config)  # type: ignore[assignment]
+        setattr(reader.config, name, value)
+    else:
+        setattr(layer.get_submodule(owner), name, value)
+
+
+def _fit_arguments(attention: nn.Module, index: int, description: dict[str, Any], config: Any) -> None:
+    """Give attention, before each call, what it takes for its own heads of what is made for the configuration's."""
+    heads = config.num_attention_heads
+    missing = (getattr(config, "num_key_value_heads", None) or heads) - config.flap["num_key_value_heads"][index]
+    if missing:
+        attention.register_forward_pre_hook(functools.partial(_widen, missing), with_kwargs=True)
+    if axes := description.get("head_arguments"):
+        kept = torch.tensor(description["kept_heads"][index], device="cpu")
+        attention.register_forward_pre_hook(functools.partial(_cut_arguments, axes, heads, kept), with_kwargs=True)
+
+
+def _cut_arguments(
+    axes: dict[str, int], heads: int, kept: torch.Tensor, _attention: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """The kept heads' entries of arguments on whose axis all heads lie, perhaps after those of a batch."""
+    cut = {name: kwargs[name] for name in axes if isinstance(kwargs.get(name), torch.Tensor)}
+    for name, whole in cut.items():
+        axis = axes[name] % whole.ndim
+        if (size := whole.shape[axis]) % heads or size == 1:
+            continue  # one entry for all heads
+        apart = whole.unflatten(axis, (size // heads, heads))
+        cut[name] = apart.index_select(axis + 1, kept.to(whole.device)).flatten(axis, axis + 1)
+    return args, kwargs | cut
 
 
 def _widen(missing: int, _attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -115,14 +189,33 @@ def _widen(missing: int, _attention: nn.Module, args: Any, kwargs: dict[str, Any
     return args, kwargs | {"cache": Padded(cache, missing)}
 
 
-def _linear(old: nn.Module, columns: int, rows: int, bias: bool) -> nn.Linear:
+def _is_transposed(projection: nn.Module) -> bool:
+    """Whether weights are stored (in, out), as GPT-2's are."""
+    return isinstance(projection, transformers.pytorch_utils.Conv1D)
+
+
+def _width(projection: Any) -> int:
+    return projection.weight.shape[-1 if _is_transposed(projection) else 0]
+
+
+def _columns(projection: Any) -> int:
+    return projection.weight.shape[0 if _is_transposed(projection) else -1]
+
+
+def _projection(old: Any, columns: int, rows: int, bias: bool) -> nn.Module:
+    """One like the old one, of other sizes."""
     like = old.weight
-    return nn.Linear(columns, rows, bias=bias, dtype=like.dtype, device=like.device)
+    if not _is_transposed(old):
+        return nn.Linear(columns, rows, bias=bias, dtype=like.dtype, device=like.device)
+    made = transformers.pytorch_utils.Conv1D(rows, columns).to(like.dtype)
+    if like.device.type == "meta":
+        return made.to_empty(device="meta")
+    return made.to(like.device)
 
 
 def __getattr__(name: str) -> type:
-    """FlapXForCausalLM for any transformers XForCausalLM, made when first asked for."""
-    if not (name.startswith("Flap") and name.endswith("ForCausalLM")):
+    """FlapX for any class X of transformers' causal language models, made when first asked for."""
+    if not (name.startswith("Flap") and name.endswith(("ForCausalLM", "LMHeadModel"))):
         raise AttributeError(name)
     base = getattr(transformers, name.removeprefix("Flap"))
     made = type(name, (PrunedMixin, base), {"__module__": __name__, "__doc__": f"{base.__name__}, pruned by flap."})

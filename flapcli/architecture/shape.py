@@ -1,9 +1,12 @@
 """The sizes of a model that planning needs, without the model."""
 
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import Field
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from flapcli.errors import UsageError
 from flapcli.storage.record import Record
 
 Module = Literal["attention", "mlp"]
@@ -12,6 +15,7 @@ Extent = Annotated[int, Field(gt=0, le=10**8)]
 T = TypeVar("T")
 PerModule = Annotated[dict[Module, T], Field(min_length=len(MODULES))]
 Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
+AttentionUnit = Literal["kv_group", "query_head"]
 
 
 class LayerShape(NamedTuple):
@@ -38,7 +42,10 @@ class ModelShape(Record):
     """Where a model comes from and how its decoder is built.
 
     The scalar sizes are those of the architecture (config.json); `layers` gives each layer's own
-    sizes, which differ where the model was pruned before. `weights` is None in older files.
+    sizes, which differ where the model was pruned before. `weights` is None in older files. `attention_unit` is
+    query_head where single query heads go and their keys and values stay; `unit_rows` are the rows of all producing
+    projections that go with one unit where they are others than those of separate, equally wide ones;
+    `query_head_entries` what goes with a query head besides weights where it is more than a bias. Left out where None.
     """
 
     name: str
@@ -56,30 +63,102 @@ class ModelShape(Record):
     unit_biases: PerModule[int]
     layers: tuple[LayerShape, ...]
     weights: StoredWeights | None = None
+    attention_unit: AttentionUnit | None = None
+    unit_rows: PerModule[int] | None = None
+    query_head_entries: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        added = ("attention_unit", "unit_rows", "query_head_entries")
+        usual = {key for key in added if getattr(self, key) is None}
+        return {key: value for key, value in write(self).items() if key not in usual}
 
     @property
     def query_heads_per_group(self) -> int:
-        """Query heads that share one key/value head: 1 under multi-head attention."""
-        return self.num_attention_heads // self.num_key_value_heads
+        """Query heads that share one key/value head: 1 under multi-head attention; the first layer's that has some."""
+        found = (layer.num_attention_heads // layer.num_key_value_heads for layer in self.layers if layer[1])
+        return next(found, self.num_attention_heads // self.num_key_value_heads)
+
+    def with_attention_unit(self, unit: AttentionUnit) -> Self:
+        """The same model with single query heads, or KV groups, as attention's units.
+
+        Raises UsageError where its layers do not allow it. Heads that share no keys are both.
+        """
+        groups = {layer.num_key_value_heads for layer in self.layers} - {0}
+        if unit == (self.attention_unit or "kv_group") or (self.query_heads_per_group == 1 and self._is_even):
+            return self
+        if unit == "query_head" and len(groups) > 1:
+            raise UsageError(f"--attention-unit query_head: the layers of {self.name} have unlike numbers of KV groups")
+        if unit == "kv_group" and not self._is_even:
+            raise UsageError(f"--attention-unit kv_group: the KV groups of {self.name} have unlike numbers of heads")
+        biases, rows = self._attention_biases(unit), self.unit_rows
+        changed = self.model_copy(update={"attention_unit": None if unit == "kv_group" else unit, "unit_rows": None})
+        if rows:
+            rows = rows | {"attention": changed.producer_rows("attention")}
+        return changed.model_copy(update={"unit_rows": rows, "unit_biases": self.unit_biases | {"attention": biases}})
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether all KV groups have equally many query heads."""
+        return len({layer.num_attention_heads / layer.num_key_value_heads for layer in self.layers if layer[1]}) < 2
+
+    def _attention_biases(self, unit: AttentionUnit) -> int:
+        """What `unit_biases` says of attention where this is the unit."""
+        now, heads, keys = self.unit_biases["attention"], self.query_heads_per_group, 2 * self.head_dim
+        if unit == "query_head":
+            own = self.query_head_entries
+            return (self.head_dim if now >= self.head_dim else 0) if own is None else own
+        return heads * now + (keys if now >= self.head_dim else 0)
 
     def unit(self, module: Module) -> str:
         """Name of the module's prunable unit (METHOD.md, Setting)."""
         if module == "mlp":
             return "neuron"
-        return "head" if self.query_heads_per_group == 1 else "kv_group"
+        return self.attention_unit or ("head" if self.query_heads_per_group == 1 else "kv_group")
 
     def units(self, layer: int, module: Module) -> int:
         """How many units the module of this layer has."""
         sizes = self.layers[layer]
-        return sizes.intermediate_size if module == "mlp" else sizes.num_key_value_heads
+        if module == "mlp":
+            return sizes.intermediate_size
+        return sizes.num_attention_heads if self.attention_unit == "query_head" else sizes.num_key_value_heads
+
+    def kept(self, layer: int, module: Module, units: NDArray[np.int64]) -> dict[Size, NDArray[np.bool_]]:
+        """Which heads, or neurons, of a layer's module stay where these units do."""
+        sizes, stays = self.layers[layer], np.zeros(self.units(layer, module), dtype=bool)
+        stays[units] = True
+        if module == "mlp":
+            return {"intermediate_size": stays}
+        if self.attention_unit == "query_head":
+            keys = np.full(sizes.num_key_value_heads, len(units) > 0)
+            return {"num_attention_heads": stays, "num_key_value_heads": keys}
+        return {"num_attention_heads": stays.repeat(self.query_heads_per_group), "num_key_value_heads": stays}
+
+    def kept_of_one(self, module: Module) -> dict[Size, int]:
+        """How many of what go with one unit."""
+        if module == "mlp":
+            return {"intermediate_size": 1}
+        if self.attention_unit == "query_head":
+            return {"num_attention_heads": 1}
+        return {"num_attention_heads": self.query_heads_per_group, "num_key_value_heads": 1}
+
+    @property
+    def shared_entries(self) -> int:
+        """Weights and biases of a layer's keys and values, which go with the last of its query heads alone."""
+        if self.attention_unit != "query_head":
+            return 0
+        rows = 2 * self.head_dim * max(layer.num_key_value_heads for layer in self.layers)
+        return rows * (self.hidden_size + (self.unit_biases["attention"] >= self.head_dim))
+
+    def channels(self, layer: int, module: Module) -> int:
+        """Channels of the output projection's input in this layer."""
+        return self.units(layer, module) * self.channels_per_unit(module)
 
     def channels_per_unit(self, module: Module) -> int:
         """Channels of the output projection's input that one unit owns."""
-        return 1 if module == "mlp" else self.query_heads_per_group * self.head_dim
-
-    def rows_per(self, size: Size) -> int:
-        """Rows of a producing projection for one of what `size` counts: a head's channels, or a neuron."""
-        return 1 if size == "intermediate_size" else self.head_dim
+        if module == "mlp":
+            return 1
+        return self.head_dim * (1 if self.attention_unit == "query_head" else self.query_heads_per_group)
 
     def unit_parameters(self, module: Module) -> int:
         """Weights that go with one unit (METHOD.md, Setting): its rows of the producers, its columns of the output.
@@ -90,9 +169,11 @@ class ModelShape(Record):
 
     def producer_rows(self, module: Module) -> int:
         """Rows of all producing projections that go with one unit: their biases' entries where they have some."""
+        if self.unit_rows:
+            return self.unit_rows[module]
         if module == "mlp":
             return self.mlp_projections - 1
-        return (self.query_heads_per_group + 2) * self.head_dim
+        return (1 if self.attention_unit == "query_head" else self.query_heads_per_group + 2) * self.head_dim
 
     @property
     def prunable_weights(self) -> int:

@@ -10,7 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module, PerModule
+from flapcli.architecture.shape import MODULES, AttentionUnit, LayerShape, ModelShape, Module, PerModule
 from flapcli.artifacts.target import Target
 from flapcli.errors import FlapError, problems
 from flapcli.storage.atomic import atomic_file
@@ -41,10 +41,14 @@ class Ratio(Record):
 
 
 class UnitSize(Record):
-    """Weights of one unit, and entries of the producing projections' biases that go with it."""
+    """Weights of one unit, and entries of the producing projections' biases that go with it.
+
+    `shared` counts a layer's keys and values, weights and biases, where they go with the last of its query heads alone.
+    """
 
     weights: Count
     biases: Count
+    shared: Count | None = None
 
 
 class Parameters(Record):
@@ -63,9 +67,14 @@ class Parameters(Record):
 class ModulePlan(Record):
     """`keep`: the units that stay, as comma-separated inclusive ranges of indices below `of`."""
 
-    unit: Literal["head", "kv_group", "neuron"]
+    unit: Literal["head", "kv_group", "query_head", "neuron"]
     of: Count
     keep: str
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether units go, and none stays."""
+        return self.of > 0 and not self.keep.strip()
 
 
 class LayerPlan(Record):
@@ -98,6 +107,12 @@ class Plan(Record):
         """The parameters or bytes that were asked for in the place of a ratio; None without."""
         return Target.of_settings(self.settings)
 
+    @property
+    def attention_unit(self) -> AttentionUnit | None:
+        """What to read the model's attention as; None where it has one unit alone."""
+        units = {layer.attention.unit for layer in self.layers} & {"kv_group", "query_head"}
+        return "query_head" if "query_head" in units else "kv_group" if units else None
+
     def counts(self, module: Module) -> list[int]:
         """How many units stay, layer by layer."""
         return [len(self.kept(layer, module)) for layer in range(len(self.layers))]
@@ -116,7 +131,10 @@ def build_plan(
         LayerPlan(index=i, attention=module_plan(i, "attention"), mlp=module_plan(i, "mlp"))
         for i in range(shape.num_layers)
     ]
-    per_unit = {m: UnitSize(weights=shape.unit_parameters(m), biases=shape.unit_biases[m]) for m in MODULES}
+    shared: dict[Module, int | None] = {"attention": shape.shared_entries or None, "mlp": None}
+    per_unit = {
+        m: UnitSize(weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared[m]) for m in MODULES
+    }
     model = ModelRef(name=shape.name, revision=shape.revision, fingerprint=shape.fingerprint, family=shape.family)
     return Plan(model=model, stats=stats, layers=layers, **_totals(layers, shape.parameters, per_unit, ratio), **chosen)
 
@@ -127,6 +145,7 @@ def _totals(layers: list[LayerPlan], model: int, per_unit: dict[Module, UnitSize
     stay = {m: sum(len(parse_ranges(layer.module(m).keep)) for layer in layers) for m in MODULES}
     prunable, kept = (sum(counts[m] * per_unit[m].weights for m in MODULES) for counts in (of, stay))
     after = model - sum((of[m] - stay[m]) * (per_unit[m].weights + per_unit[m].biases) for m in MODULES)
+    after -= sum((per_unit[m].shared or 0) for m in MODULES for layer in layers if layer.module(m).is_emptied)
     achieved = round((prunable - kept) / prunable, 6) if prunable else 0.0
     return {
         "parameters": Parameters(prunable=prunable, kept=kept, model=model, model_after=after, per_unit=per_unit),
@@ -238,15 +257,31 @@ def check_belongs(plan: Plan, shape: ModelShape, where: Path) -> None:
         for m in MODULES
         if ((part := layer.module(m)).of, part.unit) != (shape.units(i, m), shape.unit(m))
     ]
+    wrong += [f"layer {i}, attention: {told}" for i in range(shape.num_layers) if (told := _uneven(plan, shape, i))]
     if wrong:
         raise FlapError(f"{where} does not fit {shape.name}: {'; '.join(wrong[:4])}")
 
 
+def _uneven(plan: Plan, shape: ModelShape, layer: int) -> str | None:
+    """What is wrong where single query heads stay in unequal numbers in the groups that share keys and values."""
+    groups = shape.layers[layer].num_key_value_heads
+    if shape.attention_unit != "query_head" or groups < 2:
+        return None
+    stays = shape.kept(layer, "attention", plan.kept(layer, "attention"))["num_attention_heads"]
+    counts = stays.reshape(groups, -1).sum(axis=1)
+    return f"{', '.join(map(str, counts))} query heads stay in its groups, which need equally many" * (
+        len({*counts}) > 1
+    )
+
+
 def pruned_layers(plan: Plan, shape: ModelShape) -> tuple[LayerShape, ...]:
     """Sizes of every layer once the plan is applied."""
-    group = shape.query_heads_per_group
-    pairs = zip(plan.counts("attention"), plan.counts("mlp"), strict=True)
-    return tuple(LayerShape(heads * group, heads, neurons) for heads, neurons in pairs)
+
+    def after(layer: int) -> LayerShape:
+        kept = [shape.kept(layer, module, plan.kept(layer, module)) for module in MODULES]
+        return LayerShape(**{size: int(stays.sum()) for found in kept for size, stays in found.items()})
+
+    return tuple(after(layer) for layer in range(shape.num_layers))
 
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

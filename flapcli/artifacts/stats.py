@@ -72,7 +72,7 @@ def unit_tensors(shape: ModelShape, layer: int, fields: Iterable[str]) -> list[T
 def module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
     """Moments, norms and Gram matrices of a layer's modules."""
     for module in MODULES:
-        channels = shape.units(layer, module) * shape.channels_per_unit(module)
+        channels = shape.channels(layer, module)
         for field in ModuleStats.__dataclass_fields__:
             yield TensorSpec(f"layers.{layer}.{module}.{field}", (channels,), "F32")
         if gram and channels:

@@ -50,6 +50,7 @@ class Target:
             (shape.units(*key) - len(units)) * (shape.unit_parameters(key[1]) + shape.unit_biases[key[1]])
             for key, units in kept.items()
         )
+        removed += shape.shared_entries * sum(key[1] == "attention" and not len(units) for key, units in kept.items())
         return self._measure(shape, removed, _added(shape, kept, self.biases))
 
     def dense(self, shape: ModelShape) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flapcli.architecture.family import Family
+
 
 @torch.no_grad()
 def stream_changes(before: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -24,11 +26,12 @@ def stream_changes(before: torch.Tensor, middle: torch.Tensor, after: torch.Tens
     return 1 - products[:, first, second] / scale
 
 
-def observe_layer(layer: nn.Module, between_modules: str, take: Callable[[torch.Tensor], None]) -> None:
+def observe_layer(layer: nn.Module, family: Family, take: Callable[[torch.Tensor], None]) -> None:
     """Call `take` with the layer's `stream_changes` after each of its forward passes.
 
-    `between_modules` is the layer's submodule whose input is the stream between its modules. Where that was not called,
-    the layer only passed its input on (as `execution.layerwise` has it), and nothing is taken.
+    Where its modules stand side by side, the stream between them is its input with what attention adds. Where what
+    shows the stream was not called, the layer only passed its input on (as `execution.layerwise` has it), and nothing
+    is taken.
     """
     seen: list[torch.Tensor] = []
 
@@ -38,8 +41,13 @@ def observe_layer(layer: nn.Module, between_modules: str, take: Callable[[torch.
     def compare(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if seen:
             before = args[0] if args else kwargs["hidden_states"]
-            take(stream_changes(before, seen.pop(), output[0] if isinstance(output, tuple) else output))
+            middle = seen.pop() if family.between_modules else before + seen.pop()
+            take(stream_changes(before, middle, output[0] if isinstance(output, tuple) else output))
 
     layer.register_forward_pre_hook(lambda *_: seen.clear())  # of a pass that failed half-way
-    layer.get_submodule(between_modules).register_forward_pre_hook(note)
+    if family.between_modules:
+        layer.get_submodule(family.between_modules).register_forward_pre_hook(note)
+    else:
+        attention = layer.get_submodule(family.attention.output)
+        attention.register_forward_hook(lambda module, _inputs, output: note(module, (output,)))
     layer.register_forward_hook(compare, with_kwargs=True)

@@ -45,7 +45,7 @@ def eliminator(checkpoint: Checkpoint, advance: Advance = lambda _layers: None) 
         advance(1)
         if not len(fisher):
             return fisher
-        weight = checkpoint.read(f"{checkpoint.family.output(layer, module)}.weight")
+        weight = checkpoint.read_output(layer, module)
         return eliminate(weight, torch.from_numpy(gram), torch.from_numpy(fisher)).float().numpy()
 
     return of_module

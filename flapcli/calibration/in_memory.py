@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flapcli.architecture.shape import MODULES
+from flapcli.architecture.shape import MODULES, Module
 from flapcli.artifacts.stats_writer import LayerStats
 from flapcli.calibration.fisher import loss_gradient, track
 from flapcli.calibration.moments import Moments
@@ -14,7 +14,7 @@ from flapcli.calibration.workload import Workload
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.checkpoints.shards import raw_bytes
 from flapcli.execution.batches import STREAM, Batches
-from flapcli.execution.loading import load_model
+from flapcli.execution.loading import head_of, load_model
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.dtypes import dtype_code, torch_dtype
 from flapcli.storage.resume import Resume
@@ -36,6 +36,7 @@ def measure(work: Workload) -> Iterator[LayerStats]:
     model = work.model or load_model(checkpoint, work.runtime.dtype, work.runtime.device, work.device_map)
     device = next(p.device for p in model.parameters() if not p.is_meta)  # what accelerate offloads is meta
     decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
+    head = head_of(model, decoder)
     recorder = Recorder(checkpoint, model, work.gram, device, work.fisher)
     if work.fisher:
         track(model)
@@ -49,7 +50,7 @@ def measure(work: Workload) -> Iterator[LayerStats]:
         ids = torch.from_numpy(windows[part]).to(device)
         states = decoder(input_ids=ids, use_cache=False)[0]
         if work.fisher:
-            states.backward(loss_gradient(model.get_output_embeddings(), states, ids))
+            states.backward(loss_gradient(head, states, ids))
         recorder.commit()
         work.ranks.check()
 
@@ -73,9 +74,10 @@ def measure(work: Workload) -> Iterator[LayerStats]:
 def _layers(work: Workload, recorder: Recorder) -> Iterator[LayerStats]:
     checkpoint, ranks = work.checkpoint, work.ranks
     for layer in range(checkpoint.shape.num_layers):
-        weights = {module: f"{checkpoint.family.output(layer, module)}.weight" for module in MODULES}
-        there = checkpoint.tensors if ranks.rank == 0 else {}
-        norms = {m: ColumnNorms.of(checkpoint.read(name)) if name in there else None for m, name in weights.items()}
+        norms: dict[Module, ColumnNorms | None] = dict.fromkeys(MODULES)
+        for module in MODULES if ranks.rank == 0 else ():
+            if f"{checkpoint.family.output(layer, module)}.weight" in checkpoint.tensors:
+                norms[module] = ColumnNorms.of(checkpoint.read_output(layer, module))
         found = layer_stats_of(recorder, layer, norms, ranks)
         yield found._replace(fisher=fisher_of(recorder, layer, ranks)) if work.fisher else found
 

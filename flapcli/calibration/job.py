@@ -2,7 +2,7 @@
 
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def _header(request: CalibrationRequest, windows: NDArray[np.int64], runtime: Ru
         mode="streamed" if streamed else "in-memory",
     )
     shape = request.checkpoint.shape
-    return StatsHeader(model=shape, calibration=calibration, settings=asdict(options), versions=versions())
+    return StatsHeader(model=shape, calibration=calibration, settings=request.settings, versions=versions())
 
 
 def refuse_unlike_ranks(ranks: Ranks, checkpoint: Checkpoint, windows: NDArray[np.int64], dtype: torch.dtype) -> None:

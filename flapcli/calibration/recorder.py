@@ -53,10 +53,10 @@ class Recorder:
         for layer in range(shape.num_layers):
             block = model.get_submodule(family.layer.format(i=layer))
             self.moments[layer, "residual"] = Moments.none(len(Influence._fields))
-            observe_layer(block, family.between_modules, partial(self._sum, (layer, "residual")))
+            observe_layer(block, family, partial(self._sum, (layer, "residual")))
             for module in MODULES:
                 key: Key = (layer, module)
-                channels = shape.units(layer, module) * shape.channels_per_unit(module)
+                channels = shape.channels(layer, module)
                 self.moments[key] = Moments.none(channels)
                 if fisher:
                     self.moments[layer, GATES[module]] = Moments.none(shape.units(layer, module))

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from flapcli.artifacts.stats import StatsHeader
 from flapcli.checkpoints import Checkpoint
@@ -29,13 +30,18 @@ class CalibrationRequest:
         """Hash of what lies beside the weights and decides token ids."""
         return self.checkpoint.tokenizer_sha256(Mixture.read(str(self.options.dataset)).may_hold_chats)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the statistics record of the options; the unit of attention is said with the model."""
+        return {key: value for key, value in asdict(self.options).items() if key != "attention_unit"}
+
     def answered_by(self, found: StatsHeader) -> bool:
         """Whether these statistics are what is asked for.
 
         A dtype that `auto` stands for is as good, and so are Gram matrices and Fisher information on top. What does
         not say its tokenizer, of an older version, is taken to be of this one.
         """
-        asked = asdict(self.options)
+        asked = self.settings
         recorded = {"gram_dtype": "float32", "fisher": False} | found.settings
         if asked["dtype"] == found.calibration.dtype:
             recorded["dtype"] = asked["dtype"]
@@ -48,4 +54,5 @@ class CalibrationRequest:
         same_model = theirs == (checkpoint.fingerprint, checkpoint.name, checkpoint.hub.revision)
         text = found.calibration
         same_text = text.source_sha256 == self.text_sha256 and text.tokenizer_sha256 in (None, self.tokenizer_sha256)
-        return same_model and recorded == asked and same_text
+        same_unit = model.attention_unit == checkpoint.shape.attention_unit
+        return same_model and recorded == asked and same_text and same_unit

@@ -45,7 +45,9 @@ def calibrate(
     _check(options, execution, mixture)
     options = replace(options, dataset=mixture.absolute().name)
     with _several_ranks(execution.rank_timeout) as ranks, hold(out, ranks.rank if ranks else 0):
-        request = CalibrationRequest(out, open_checkpoint(model, hub), options, execution)
+        checkpoint = open_checkpoint(model, hub)
+        checkpoint.attention_unit = options.attention_unit
+        request = CalibrationRequest(out, checkpoint, options, execution)
         request.text_sha256  # noqa: B018  a text that can't be read is told before what lies at `out` is looked at
         current = STATS.current(out, request.answered_by, force)
         if ranks:  # all do as rank 0, whose file it is

@@ -42,8 +42,8 @@ class BinCheckpoint(FolderCheckpoint):
     def _places(self) -> dict[str, Path]:
         return {name: path for path, specs in self._specs.items() for name in specs}
 
-    @cached_property
-    def stored(self) -> dict[str, TensorSpec]:
+    @property
+    def in_files(self) -> dict[str, TensorSpec]:
         return {name: spec for specs in self._specs.values() for name, spec in specs.items()}
 
     @cached_property
@@ -56,7 +56,7 @@ class BinCheckpoint(FolderCheckpoint):
                 digest.update(f"{member.filename} {member.file_size} {member.CRC}".encode())
         return digest.hexdigest()
 
-    def read(self, name: str) -> "torch.Tensor":
+    def read_from_file(self, name: str) -> "torch.Tensor":
         # Opened for each tensor: a mapping that is kept would count every page read as ours.
         return _load(self._places[name], "cpu")[name].clone().contiguous()
 

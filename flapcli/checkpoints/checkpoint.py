@@ -1,5 +1,6 @@
 """What every kind of checkpoint offers: sizes and fingerprint from headers, tensors one by one."""
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from flapcli.architecture.family import MAX_SIZE, Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
-from flapcli.architecture.shape import MODULES, ModelShape, Module, StoredWeights
+from flapcli.architecture.rows import RowMap, Symbols
+from flapcli.architecture.shape import MODULES, AttentionUnit, ModelShape, Module, Size, StoredWeights
 from flapcli.checkpoints.companion_files import companion_files, decides_tokens
 from flapcli.checkpoints.locate import Hub
 from flapcli.errors import FlapError, UsageError, first_line
@@ -32,8 +34,11 @@ FEW_LAYERS = 1000  # up to which missing tensors are named one by one
 class Checkpoint(ABC):
     """A checkpoint on disk.
 
-    `name` finds it again (hub id, absolute path or `demo`), `path` is its folder or file here.
+    `name` finds it again (hub id, absolute path or `demo`), `path` is its folder or file here. `attention_unit` is
+    what its shape shall have, None what suits it; it is to be set before the shape is asked for.
     """
+
+    attention_unit: AttentionUnit | None = None
 
     def __init__(self, name: str, path: Path, hub: Hub) -> None:
         self.name, self.path, self.hub = name, path, hub
@@ -66,6 +71,16 @@ class Checkpoint(ABC):
     @abstractmethod
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, on the CPU, as stored (quantised ones dequantised to float32)."""
+
+    @property
+    def name_in_files(self) -> dict[str, str]:
+        """What the source's files call a tensor, by its transformers name."""
+        return {name: name for name in self.stored}
+
+    def read_output(self, layer: int, module: Module) -> "torch.Tensor":
+        """The weight of a module's output projection, (out, channels)."""
+        weight = self.read(f"{self.family.output(layer, module)}.weight")
+        return weight.T.contiguous() if self.family.transposed else weight
 
     @property
     @abstractmethod
@@ -116,9 +131,35 @@ class Checkpoint(ABC):
             sizes[dtype] += nbytes
         return max(sizes, key=sizes.__getitem__)
 
+    def setting(self, key: str) -> Any:
+        """A key of config.json, or what the configuration's class of transformers makes of one that it lacks."""
+        return self.config[key] if key in self.config else getattr(self.load_config(), key, None)
+
     @cached_property
     def family(self) -> Family:
-        return family_of(self.config, self.name)
+        return family_of(self.config.get("model_type"), self.setting, self.name)
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one matrix."""
+        return bool(self.setting("tie_word_embeddings"))
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the architecture. Raises FlapError where the configuration does not say them."""
+        axis = 0 if self.family.transposed else 1
+        name = f"{self.family.output(0, 'mlp')}.weight"
+        return self.family.read_sizes(self.setting, self.stored[name].shape[axis] if name in self.stored else None)
+
+    def rows(self, module: Module) -> dict[str, RowMap]:
+        """Which rows of the module's producing projections, and of its unit tensors, belong to what."""
+        return {name: self._row_map(symbols) for name, symbols in self.family.module(module).tensors.items()}
+
+    def _row_map(self, symbols: Symbols) -> RowMap:
+        named = {
+            name for block in symbols for symbol in block for name in re.findall(r"[a-z_]\w*", symbol.partition(":")[2])
+        }
+        return RowMap.of(symbols, self.sizes | {name: self.setting(name) for name in named - self.sizes.keys()})
 
     @cached_property
     def flap(self) -> FlapSection | None:
@@ -133,7 +174,7 @@ class Checkpoint(ABC):
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
         """The tensors that count: without a tied head's copy, what no runtime reads, and an emptied module's mark."""
-        tied = f"{self.family.head}.weight" if self.config.get("tie_word_embeddings") else None
+        tied = f"{self.family.head}.weight" if self.tied else None
         dropped = tuple(f".{suffix}" for suffix in self.family.ignored_suffixes)
         counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped) and 0 not in s.shape}
         if not counted:
@@ -151,20 +192,24 @@ class Checkpoint(ABC):
         """Sizes for planning, checked against the tensors. Raises FlapError naming all that do not fit."""
         self._refuse_quantised()
         self._refuse_odd_settings()
-        sizes = self.family.read_sizes(self.config)
+        sizes = self.sizes
         self._refuse_layers(sizes["num_layers"], len(self.stored))
+        layers = self.family.read_layers(sizes, self.flap)
         shape = ModelShape(
             name=self.name,
             revision=self.hub.revision,
             fingerprint=self.fingerprint,
             family=self.family.name,
             parameters=sum(prod(spec.shape) for spec in self.tensors.values()),
-            mlp_projections=len(self.family.mlp.producers) + 1,
-            unit_biases={module: self._unit_biases(module, sizes) for module in MODULES},
-            layers=self.family.read_layers(self.config, self.flap),
+            mlp_projections=self._rows_of_one("mlp", "intermediate_size") + 1,
+            unit_biases=dict.fromkeys(MODULES, 0),
+            layers=layers,
             weights=self._stored_weights(sizes["num_layers"]),
+            attention_unit=None,
+            unit_rows=None,
             **sizes,
         )
+        shape = self._with_units(shape)
         self._refuse_untied()
         if wrong := list(self._misfits(shape)):
             more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
@@ -226,7 +271,7 @@ class Checkpoint(ABC):
     def _refuse_untied(self) -> None:
         """Raise FlapError where head and embedding are stored both, and differ, though config.json ties them."""
         head, embedding = f"{self.family.head}.weight", f"{self.family.outside_layers[0]}.weight"
-        if not self.config.get("tie_word_embeddings") or not {head, embedding} <= self.stored.keys():
+        if not self.tied or not {head, embedding} <= self.stored.keys():
             return
         one, other = self.read(head), self.read(embedding)
         if one.shape != other.shape or not bool((one == other).all()):
@@ -247,18 +292,40 @@ class Checkpoint(ABC):
             output_biases={m: sum(name in self.tensors for name in names) for m, names in outputs.items()},
         )
 
-    def _unit_biases(self, module: Module, sizes: dict[str, int]) -> int:
-        """Bias entries of the producing projections that go with one unit."""
-        group = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
-        rows = {
-            "num_attention_heads": group * sizes["head_dim"],
-            "num_key_value_heads": sizes["head_dim"],
-            "intermediate_size": 1,
-        }
-        prefix = self.family.layer.split("{i}")[0]
-        in_layers = [name for name in self.tensors if name.startswith(prefix)]
-        producers = self.family.module(module).producers
-        return sum(rows[size] for p, size in producers.items() if any(n.endswith(f"{p}.bias") for n in in_layers))
+    def _with_units(self, shape: ModelShape) -> ModelShape:
+        """The shape with what its units are, and what goes with one."""
+        groups = {layer.num_attention_heads / layer.num_key_value_heads for layer in shape.layers if layer[1]}
+        single = groups != {1} and (len(groups) > 1 or all(layer.num_key_value_heads <= 1 for layer in shape.layers))
+        wish = self.attention_unit or ("query_head" if single else "kv_group")
+        unit = shape.with_attention_unit(wish).attention_unit
+        entries = self._unit_entries(shape.model_copy(update={"attention_unit": "query_head"}), "attention")[1]
+        shape = shape.model_copy(update={"attention_unit": unit})
+        found = {module: self._unit_entries(shape, module) for module in MODULES}
+        rows, biases = ({module: found[module][i] for module in MODULES} for i in range(2))
+        usual = all(rows[module] == shape.producer_rows(module) for module in MODULES)
+        shape = shape.model_copy(update={"unit_biases": biases, "unit_rows": None if usual else rows})
+        if not self.family.attention.unit_tensors or shape.query_heads_per_group == 1:
+            return shape
+        return shape.model_copy(update={"query_head_entries": entries})
+
+    def _unit_entries(self, shape: ModelShape, module: Module) -> tuple[int, int]:
+        """Rows of all producing projections that go with one unit, and entries of their biases and of unit tensors."""
+        in_layers = [name for name in self.tensors if name.startswith(self.family.layer.split("{i}")[0])]
+        rows, biases = 0, 0
+        for name, row_map in self.rows(module).items():
+            count = sum(row_map.per.get(size, 0) * number for size, number in shape.kept_of_one(module).items())
+            if name not in self.family.module(module).producers:
+                found = next((self.tensors[n] for n in in_layers if n.endswith(f".{name}")), None)
+                biases += count * prod(found.shape[1:]) if found else 0
+                continue
+            rows += count
+            biases += count * any(n.endswith(f".{name}.bias") for n in in_layers)
+        return rows, biases
+
+    def _rows_of_one(self, module: Module, size: Size) -> int:
+        """Rows of all producing projections for one of what `size` counts."""
+        rows = self.rows(module)
+        return sum(rows[name].per.get(size, 0) for name in self.family.module(module).producers)
 
     def _misfits(self, shape: ModelShape) -> Iterator[str]:
         """What is missing, unknown, or of a shape that the configuration does not say."""
@@ -277,46 +344,53 @@ class Checkpoint(ABC):
 
     def _required(self, shape: ModelShape, expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
         """Tensors without which a loader would make up its own: all weights, and biases that config.json announces."""
-        family, tied = self.family, bool(self.config.get("tie_word_embeddings"))
-        yield from (f"{part}.weight" for part in family.outside_layers if not (tied and part == family.head))
+        family = self.family
+        yield from (f"{part}.weight" for part in family.outside_layers if not (self.tied and part == family.head))
         announced = {
             part
             for module in MODULES
-            if self.config.get(family.bias_options.get(module, "")) is True
+            if self.setting(family.bias_options.get(module, "")) is True
             for part in (family.module(module).output, *family.module(module).producers)
         }
+        there = {name.rpartition(".")[0] for name in self.tensors if not name.endswith(".bias")}
         announced |= set(self.flap.biases if self.flap and self.flap.modules else [])
         for i in range(shape.num_layers):
             prefix = family.layer.format(i=i)
-            emptied = [family.module(m).output.rpartition(".")[0] for m in MODULES if shape.units(i, m) == 0]
+            emptied = family.attention.output.rpartition(".")[0] if shape.units(i, "attention") == 0 else None
             yield from (
                 f"{prefix}.{part}.weight"
                 for part in family.untouched_in_layer
-                if part.rpartition(".")[0] not in emptied
+                if part.rpartition(".")[0] != emptied and f"{prefix}.{part}" not in there
             )
             yield from (name for part in announced if (name := f"{prefix}.{part}.bias") in expected)
-        yield from (name for name in expected if name.endswith(".weight"))
+        optional = {f".{name}" for module in MODULES for name in family.module(module).unit_tensors}
+        yield from (name for name in expected if name.endswith(".weight") and not name.endswith(tuple(optional)))
 
     def _vocabulary_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Shapes of embedding and head where config.json says them: loaders reserve what it says."""
-        rows: Any = self.config.get("vocab_size")
+        rows: Any = self.config.get("vocab_size")  # config.json's own: what it leaves out, the tensors say
         parts = (self.family.outside_layers[0], self.family.head) if rows is not None else ()
-        return {f"{part}.weight": (rows, shape.hidden_size) for part in parts}
+        key = self.family.sizes.get("embedding_size")
+        width = self.setting(key) if isinstance(key, str) else shape.hidden_size
+        return {f"{part}.weight": (rows, width) for part in parts}
 
     def expected_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Shapes of all weights and possible biases of the projections that pruning touches."""
         expected: dict[str, tuple[int, ...]] = {}
-        for i, layer in enumerate(shape.layers):
-            prefix = self.family.layer.format(i=i)
-            for module in MODULES:
-                description = self.family.module(module)
-                channels = shape.units(i, module) * shape.channels_per_unit(module)
+        order = -1 if self.family.transposed else 1
+        for module in MODULES:
+            description, rows = self.family.module(module), self.rows(module)
+            for i, layer in enumerate(shape.layers):
+                prefix, channels = self.family.layer.format(i=i), shape.channels(i, module)
                 expected[f"{prefix}.{description.output}.bias"] = (shape.hidden_size,)
                 if channels == 0:  # pruned away whole: at most the bias is there
                     continue
-                expected[f"{prefix}.{description.output}.weight"] = (shape.hidden_size, channels)
-                for producer, size in description.producers.items():
-                    rows = getattr(layer, size) * shape.rows_per(size)
-                    expected[f"{prefix}.{producer}.weight"] = (rows, shape.hidden_size)
-                    expected[f"{prefix}.{producer}.bias"] = (rows,)
+                expected[f"{prefix}.{description.output}.weight"] = (shape.hidden_size, channels)[::order]
+                for name in description.producers:
+                    count = rows[name].count(layer)
+                    expected[f"{prefix}.{name}.weight"] = (count, shape.hidden_size)[::order]
+                    expected[f"{prefix}.{name}.bias"] = (count,)
+                for name in description.unit_tensors:
+                    if found := self.tensors.get(f"{prefix}.{name}"):
+                        expected[found.name] = (rows[name].count(layer), *found.shape[1:])
         return expected

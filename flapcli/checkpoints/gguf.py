@@ -65,10 +65,10 @@ class GgufCheckpoint(Checkpoint):
         if scaling != "none":
             raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
         sizes = {key: value for key, value in found.items() if value is not None}
-        self._refuse_layers(self.family.read_sizes(sizes)["num_layers"], len(self.header.tensors))
+        self._refuse_layers(self.family.read_sizes(sizes.get)["num_layers"], len(self.header.tensors))
         try:
             config = AutoConfig.for_model(
-                self.family.model_type,
+                self.family.name,
                 vocab_size=next(tensor.shape[0] for tensor in self.header.tensors if tensor.name == EMBEDDING),
                 tie_word_embeddings=all(tensor.name != "output.weight" for tensor in self.header.tensors),
                 **sizes,
@@ -99,8 +99,8 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _by_name(self) -> dict[str, GgufTensor]:
-        layers = self.family.read_sizes(self.config)["num_layers"]
-        names = transformers_names(self.family, layers, self.family.gguf.architecture)
+        layers = self.family.read_sizes(self.setting)["num_layers"]
+        names = transformers_names(self.family, layers, str(self.family.gguf.architecture))
         tensors = [tensor for tensor in self.header.tensors if tensor.name != ROPE_FACTORS]
         unknown = [tensor.name for tensor in tensors if tensor.name not in names]
         if unknown:
@@ -137,8 +137,9 @@ class GgufCheckpoint(Checkpoint):
         values = torch.from_numpy(self._dequantised(self._by_name[name]))
         for producer in self.family.gguf.permuted:
             if f".{producer}." in name:
-                key = self.family.sizes[self.family.attention.producers[producer]]
-                return _unpermute(values, self.config[key])
+                return _unpermute(
+                    values, self.rows("attention")[producer].count(self.shape.layers[0]) // self.sizes["head_dim"]
+                )
         return values
 
     @property

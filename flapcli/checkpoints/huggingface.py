@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,32 @@ class FolderCheckpoint(Checkpoint):
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
 
     @property
+    @abstractmethod
+    def in_files(self) -> dict[str, TensorSpec]:
+        """Every tensor by its name in the files."""
+
+    @abstractmethod
+    def read_from_file(self, name: str) -> "torch.Tensor":
+        """One tensor by its name in the files."""
+
+    @cached_property
+    def stored(self) -> dict[str, TensorSpec]:
+        found: dict[str, TensorSpec] = {}
+        for theirs, spec in self.in_files.items():
+            name = self.family.own_name(theirs)
+            if name in found:
+                raise FlapError(f"{self.name} holds {name} twice, once as {theirs}: remove the one that is not meant")
+            found[name] = replace(spec, name=name)
+        return found
+
+    @cached_property
+    def name_in_files(self) -> dict[str, str]:
+        return {self.family.own_name(theirs): theirs for theirs in self.in_files}
+
+    def read(self, name: str) -> "torch.Tensor":
+        return self.read_from_file(self.name_in_files[name])
+
+    @property
     def _stored_sizes(self) -> list[tuple[str, int]]:
         return [(spec.dtype, spec.nbytes) for spec in self.stored.values()]
 
@@ -102,8 +130,8 @@ class SafetensorsCheckpoint(FolderCheckpoint):
     def _places(self) -> dict[str, Path]:
         return {name: path for path, header in self._headers.items() for name in header.tensors}
 
-    @cached_property
-    def stored(self) -> dict[str, TensorSpec]:
+    @property
+    def in_files(self) -> dict[str, TensorSpec]:
         return {name: spec for header in self._headers.values() for name, spec in header.tensors.items()}
 
     @cached_property
@@ -113,10 +141,11 @@ class SafetensorsCheckpoint(FolderCheckpoint):
             digest.update(f"{path.name} {path.stat().st_size}".encode() + header.raw)
         return digest.hexdigest()
 
-    def read(self, name: str) -> "torch.Tensor":
+    def read_from_file(self, name: str) -> "torch.Tensor":
         import torch
 
-        path, spec = self._places[name], self.stored[name]
+        path = self._places[name]
+        spec = self._headers[path].tensors[name]
         tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
         if spec.nbytes:
             read_into(path, self._headers[path].offsets[name], raw_bytes(tensor))

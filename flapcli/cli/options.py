@@ -51,6 +51,10 @@ CheckpointOption = Annotated[str | None, typer.Option(
     "--checkpoint", help="Pruned folder.", show_default="DIR/pruned")]
 CompareRuns = Annotated[list[Path] | None, typer.Option(
     "--compare", help="Another run folder to put beside this one; repeatable.")]
+AttentionUnit = Annotated[s.AttentionUnit | None, typer.Option(
+    "--attention-unit", rich_help_panel="Plan", help="What goes at once of attention whose heads share keys: a KV "
+    "group with its query heads, or one query head of every group, whose keys stay.",
+    show_default="kv_group; query_head where all heads share one")]
 Outtype = Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(
     help="Type of the weights; llama-quantize makes the smaller ones from f16 or f32.")]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from flapcli.architecture.flap_section import adds_bias
+from flapcli.architecture.shape import AttentionUnit
 from flapcli.checkpoints import DEMO, Hub
 from flapcli.cli import options as o
 from flapcli.cli.presets import preset_of
@@ -39,6 +40,7 @@ class Asked:
     num_fewshot: int | None = None
     speed: SpeedOptions | None = None
     lean: bool = False
+    attention_unit: AttentionUnit | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ def resolve(asked: Asked) -> Stages:
     return Stages(
         CalibrateOptions(
             text, nsamples, windows.seqlen, calibration.seed, calibration.dtype, gram, windows.text_column,
-            calibration.gram_dtype, fisher,
+            calibration.gram_dtype, fisher, asked.attention_unit,
         ),
         PlanOptions(
             units.method, metric, structure, PlanOptions.ratio if amount.ratio is None else amount.ratio,
             units.remove_heads, units.round_to, units.heads_multiple_of, units.allow_empty, units.attention_exponent,
-            target,
+            target, asked.attention_unit,
         ),
         ApplyOptions(
             compensate, given.ridge, bias, asked.mask_only, given.remote_code, asked.store_dtype, given.max_shard_size,

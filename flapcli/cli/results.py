@@ -151,7 +151,7 @@ def families(as_json: o.Json = False) -> None:
     from flapcli.views import tables
 
     rows = [
-        {"family": f.name, "covers": f.covers, "model_type": f.model_type, "architecture": f.architecture}
+        {"family": f.name, "covers": f.covers, "model_type": f.name, "architecture": f.architecture}
         for f in known().values()
     ]
     terminal.data(rows) if as_json else tables.show_families(rows)

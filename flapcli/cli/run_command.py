@@ -22,6 +22,7 @@ def run(
     *,
     amount: o.AmountGroup,
     units: o.UnitGroup,
+    attention_unit: o.AttentionUnit = None,
     compensation: o.CompensationGroup,
     mask_only: o.MaskOnly = False,
     store_dtype: o.StoreDtypeOfRun = None,
@@ -51,6 +52,7 @@ def run(
     stages = resolve(Asked(
         model, preset, windows, calibration, units, amount, store_dtype if amount.target_size else None, None,
         compensation, mask_only, store_dtype, evaluation, eval_dtype, speed=SpeedOptions() if speed else None,
+        attention_unit=attention_unit,
     ))  # fmt: skip
     stages.check(how)
     if stages.plan.target and mask_only:

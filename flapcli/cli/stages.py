@@ -17,6 +17,7 @@ def calibrate(
     calibration: o.CalibrationGroup,
     windows: o.WindowGroup,
     preset: o.Preset = "paper",
+    attention_unit: o.AttentionUnit = None,
     execution: o.ExecutionGroup,
     stream: o.Stream = None,
     scale: o.ScaleGroup,
@@ -33,7 +34,9 @@ def calibrate(
     from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
     from flapcli.execution.processes import is_writer
 
-    options = resolve(Asked(model, preset, windows=windows, calibration=calibration)).calibrate
+    options = resolve(
+        Asked(model, preset, windows=windows, calibration=calibration, attention_unit=attention_unit)
+    ).calibrate
     path = out or run_dir / "stats.safetensors"
     how = execution_of(execution, stream, scale=scale)
     header, cached = stage.calibrate(model, path, options, hub_of(hub), how, force, terminal.Bars())
@@ -52,6 +55,7 @@ def plan(
     amount: o.AmountGroup,
     dtype: o.TargetDtype = None,
     target_biases: o.TargetBiases = None,
+    attention_unit: o.AttentionUnit = None,
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> None:
@@ -59,7 +63,10 @@ def plan(
     from flapcli.cli.resolve import Asked, resolve
     from flapcli.planning import stage
 
-    asked = Asked(preset=preset, units=units, amount=amount, target_dtype=dtype, target_biases=target_biases)
+    asked = Asked(
+        preset=preset, units=units, amount=amount, target_dtype=dtype, target_biases=target_biases,
+        attention_unit=attention_unit,
+    )  # fmt: skip
     path, statistics = out or run_dir / "plan.yaml", stats or run_dir / "stats.safetensors"
     made, cached = stage.plan(statistics, path, resolve(asked).plan, force, terminal.Bars())
     tell(path, made, cached, as_json)

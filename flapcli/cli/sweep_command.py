@@ -14,6 +14,7 @@ def sweep(
     preset: o.Preset = "paper",
     *,
     units: o.UnitGroup,
+    attention_unit: o.AttentionUnit = None,
     compensation: o.CompensationGroup,
     store_dtype: o.StoreDtypeOfRun = None,
     calibration: o.CalibrationGroup,
@@ -42,7 +43,7 @@ def sweep(
     wanted = o.ratios(ratios)
     asked = Asked(
         model, preset, windows, calibration, units, compensation=compensation, store_dtype=store_dtype,
-        evaluation=evaluation, eval_dtype=eval_dtype, lean=True,
+        evaluation=evaluation, eval_dtype=eval_dtype, lean=True, attention_unit=attention_unit,
     )  # fmt: skip
     stages = resolve(asked)
     options = stage.SweepOptions(wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep)

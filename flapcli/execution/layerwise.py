@@ -100,6 +100,7 @@ class LayerwiseModel:
 
     def head(self, step: Step, advance: Advance | None = None) -> None:
         """Call `step` for all windows with what makes logits of the last layer's output: final norm and head."""
+        self._ends.learn(self.tokens(slice(0, 1)))
         self._batches.run(len(self.windows), lambda part: step(part, self._ends.logits), advance)
         self._ends.unload()
 
@@ -116,7 +117,7 @@ class LayerwiseModel:
                 local = name.removeprefix(prefix)
                 tensor = self.checkpoint.read(name)
                 if with_norms and local in outputs:
-                    norms[outputs[local]] = ColumnNorms.of(tensor)
+                    norms[outputs[local]] = ColumnNorms.of(tensor.T if family.transposed else tensor)
                 weights[local] = tensor.to(dtypes.get(local, tensor.dtype))
         give_back()
         return weights, norms
@@ -150,6 +151,7 @@ class _Ends:
         self._head_names = [name for name in outside if not name.startswith(inside)]
         self._arguments: dict[int, list[Arguments]] = {}
         self._loaded: list[str] = []
+        self._in_tuples = False  # whether the decoder's code takes a layer's output for a tuple; learnt by `embed`
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input of the first layer, (batch, seqlen, hidden), for token ids (batch, seqlen)."""
@@ -166,6 +168,8 @@ class _Ends:
         with self._in_place_of_layers(note), suppress(_LastLayerReachedError):
             self.decoder(input_ids=ids.to(self.device), use_cache=False)
         self._arguments[len(ids)] = [arguments for _, arguments in seen]
+        # What takes a layer's output for a tuple gives the next one the first window of a tensor.
+        self._in_tuples = len(seen) > 1 and seen[1][0].ndim < seen[0][0].ndim
         return seen[0][0]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -174,7 +178,7 @@ class _Ends:
         head = self.model.get_submodule(self.checkpoint.family.head)
         if f"{self.checkpoint.family.head}.weight" not in self._head_names:
             head.weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        with self._in_place_of_layers(lambda *_, **__: states):
+        with self._in_place_of_layers(lambda *_, **__: (states, None) if self._in_tuples else states):
             return self.model(inputs_embeds=states, use_cache=False).logits
 
     def arguments(self, layer: int, ids: torch.Tensor) -> Arguments:
@@ -183,6 +187,11 @@ class _Ends:
             self.embed(ids)
             self.unload()
         return self._arguments[len(ids)][layer]
+
+    def learn(self, ids: torch.Tensor) -> None:
+        """How the decoder calls its layers, where that is not known yet."""
+        if not self._arguments:
+            self.arguments(0, ids)
 
     @contextmanager
     def _in_place_of_layers(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:

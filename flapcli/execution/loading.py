@@ -1,9 +1,11 @@
 """Checkpoints as transformers models in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from flapcli.architecture import modeling_flap
@@ -52,7 +54,7 @@ def load_model(
 
 def _refuse_gaps(checkpoint: Checkpoint, told: dict[str, Any]) -> None:
     """Raise FlapError where transformers made weights up, or left some of the checkpoint's out."""
-    left_out = [name for name in told["unexpected_keys"] if name in checkpoint.tensors]
+    left_out = [name for name in told["unexpected_keys"] if checkpoint.family.own_name(name) in checkpoint.tensors]
     for what, names in (
         ("finds no weights for", told["missing_keys"]),
         ("finds other shapes for", told["mismatched_keys"]),
@@ -71,6 +73,19 @@ def _spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
     whole = model._no_split_modules
     memory = get_balanced_memory(model, no_split_module_classes=whole) if device_map == "auto" else None
     return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=whole))
+
+
+def head_of(model: PreTrainedModel, decoder: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes logits of the decoder's output, scale and cap included: the model's own code after its decoder."""
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        decoder.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=states)
+        try:
+            return model(inputs_embeds=states, use_cache=False).logits
+        finally:
+            del decoder.forward
+
+    return head
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from flapcli.architecture.shape import AttentionUnit
 from flapcli.errors import UsageError, only_with
 from flapcli.storage.dtypes import Dtype, StoredDtype
 from flapcli.storage.sizes import parse_size
@@ -55,6 +56,7 @@ class CalibrateOptions:
     text_column: str = "text"
     gram_dtype: Literal["float32", "bfloat16"] = "float32"
     fisher: bool = False
+    attention_unit: AttentionUnit | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class PlanOptions:
     allow_empty: bool = False
     attention_exponent: float | None = None
     target: "Target | None" = None
+    attention_unit: AttentionUnit | None = None
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,9 @@ def _zero_unit(checkpoint: Checkpoint, names: dict[str, str], layer: int, module
     """
     shape, family = checkpoint.shape, checkpoint.family
     description = family.module(module)
-    shapes = {part: (shape.rows_per(size), shape.hidden_size) for part, size in description.producers.items()}
-    shapes[description.output] = next(iter(shapes.values()))[::-1]
+    rows, size = checkpoint.rows(module), 1 if module == "mlp" else shape.head_dim
+    shapes = {part: (sum(rows[part].per.values()), shape.hidden_size) for part in description.producers}
+    shapes[description.output] = (shape.hidden_size, size)
     prefix = family.layer.format(i=layer)
     return [
         _entry(names[f"{prefix}.{part}.weight"], size, outtype, lambda size=size: torch.zeros(size))  # type: ignore[misc]

@@ -8,8 +8,9 @@ from flapcli.artifacts.stats import Stats
 from flapcli.artifacts.target import Target
 from flapcli.errors import UsageError
 from flapcli.execution.settings import PlanOptions
-from flapcli.planning.allocation import Kept, Request, allocate
+from flapcli.planning.allocation import Kept, Request
 from flapcli.planning.depth import check_depth, drop_layers
+from flapcli.planning.even_groups import allocate_evenly
 from flapcli.planning.scores import UNIT_METRICS, unit_scores
 from flapcli.planning.target_search import find_ratio
 
@@ -81,7 +82,7 @@ def choose(
     def kept_at(ratio: float) -> Kept:
         if scores is None:
             return drop_layers(stats, ratio)
-        return allocate(stats.model, scores, replace(request, ratio=ratio))
+        return allocate_evenly(stats.model, scores, replace(request, ratio=ratio))
 
     ratio = find_ratio(target, stats.model, kept_at) if target else request.ratio
     return build_plan(

@@ -1,13 +1,17 @@
 """Stage 2, `flap plan`: which units stay, or the plan that is there already, edits included. Needs no torch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flapcli.architecture.shape import AttentionUnit
 from flapcli.artifacts.plan import Plan, StatsRef, found_plan, save_plan
 from flapcli.artifacts.run_dir import holding
-from flapcli.artifacts.stats import load_stats
+from flapcli.artifacts.stats import Stats, load_stats
+from flapcli.errors import FlapError
 from flapcli.execution.settings import PlanOptions
 from flapcli.planning.methods import checked, choose
+from flapcli.planning.scores import UNIT_METRICS
 from flapcli.progress import Progress, Silent
 from flapcli.storage.hashing import sha256
 
@@ -30,13 +34,15 @@ def plan(
     """
     metric, request = checked(options)
     exponent = options.attention_exponent or (2.0 if options.method == "flap" else 1.0)
-    stats = load_stats(stats_path)
+    stats = _in_units(load_stats(stats_path), options.attention_unit, metric)
     path, folder = stats_path.resolve(), out.parent.resolve()
     stored = path.relative_to(folder) if path.is_relative_to(folder) else path
     reference = StatsRef(path=str(stored), sha256=sha256(stats_path))
     with progress.task("plan", 1, "plans") as advance:  # a target takes a search of some seconds
         made = choose(stats, reference, options.method, metric, request, exponent, options.target)
         advance(1)
+    if options.attention_unit:
+        made = made.model_copy(update={"settings": made.settings | {"attention_unit": options.attention_unit}})
     found = found_plan(out, force)
     if found and not force and _asked_of(found) == _asked_of(made):
         return found, True
@@ -48,6 +54,19 @@ def plan(
         )
     save_plan(out, made)
     return made, False
+
+
+def _in_units(stats: Stats, unit: AttentionUnit | None, metric: str) -> Stats:
+    """The statistics with the units that are asked for. Raises FlapError where they hold something of other ones."""
+    if unit is None:
+        return stats
+    model = stats.model.with_attention_unit(unit)
+    if model.attention_unit != stats.model.attention_unit and metric in UNIT_METRICS:
+        raise FlapError(
+            f"{stats.path} has its Fisher information of other units: run `flap calibrate --attention-unit {unit}` "
+            f"with what --metric {metric} needs"
+        )
+    return replace(stats, header=stats.header.model_copy(update={"model": model}))
 
 
 def _asked_of(plan: Plan) -> dict[str, Any]:

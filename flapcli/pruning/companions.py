@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flapcli.architecture import modeling_flap
-from flapcli.architecture.family import Family
 from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
-from flapcli.architecture.shape import MODULES, LayerShape, ModelShape, Module
+from flapcli.architecture.rows import evaluate
+from flapcli.architecture.shape import MODULES, LayerShape, Module, Size
 from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
 from flapcli.artifacts.pruned_folder import file_sizes
@@ -38,6 +38,7 @@ def write_companions(folder: Path, layout: Layout, made_by: MadeBy, report: FitR
 def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
     """What config.json says under `flap`."""
     family, layers, before = layout.checkpoint.family, layout.layers, layout.checkpoint.flap
+    place = family.layer.removesuffix(".{i}")
     biases = {family.module(module).output for module in MODULES} if layout.adds_bias else set()
     errors = {module: [report.errors.get((i, module)) for i in layers.source_indices] for module in MODULES}
     sizes: dict[str, Any] = {size: [getattr(layer, size) for layer in layout.sizes] for size in LayerShape._fields}
@@ -47,7 +48,8 @@ def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
         parameters=sum(prod(spec.shape) for spec in layout.specs),
         source_layers=list(layers.source_indices) if layers.config_fields else None,
         output_error=errors if report.errors else None,
-        modules=None if layout.stock else [_module(family, module, layout.checkpoint.shape) for module in MODULES],
+        modules=None if layout.stock else [_module(layout, module) for module in MODULES],
+        decoder_layers=None if layout.stock or place == "model.layers" else place,
         made_by=made_by,
     )
 
@@ -75,17 +77,64 @@ def _old_rope(config: dict[str, Any]) -> dict[str, Any]:
     return old if scaled.get("rope_type", "default") == "default" else old | {"rope_scaling": scaled}
 
 
-def _module(family: Family, module: Module, shape: ModelShape) -> ModuleLayout:
+def _module(layout: Layout, module: Module) -> ModuleLayout:
     """The family's description of a module as modeling_flap.py reads it, so that it knows no family itself."""
-    description = family.module(module)
-    channels = "intermediate_size" if module == "mlp" else "num_attention_heads"
+    checkpoint, sizes = layout.checkpoint, layout.sizes
+    description, rows = checkpoint.family.module(module), checkpoint.rows(module)
+    size: Size = "intermediate_size" if module == "mlp" else "num_attention_heads"
+    per_size = {name: next(iter(rows[name].per.items())) for name in description.producers}
+    per: dict[str, int] = {counted: number for counted, number in per_size.values()}
+    per_channel = 1 if module == "mlp" else checkpoint.shape.head_dim
+    plain = all(rows[name].per == {counted: per_channel} for name, (counted, _) in per_size.items())
+    tensors = {n: [rows[n].count(layer) for layer in sizes] for n in description.unit_tensors if _is_there(layout, n)}
+    attributes = {path: _follow(layout, expression) for path, expression in description.attributes.items()}
+    has_arguments = bool(description.head_arguments) and any(layer[0] != checkpoint.sizes[size] for layer in sizes)
     return ModuleLayout(
         kind=module,
         output=description.output,
-        producers={**description.producers},
-        rows={size: shape.rows_per(size) for size in description.producers.values()},
-        channels=next(name for name, size in description.producers.items() if size == channels),
+        producers={n: per_size[n][0] if plain else [rows[n].count(layer) for layer in sizes] for n in per_size},
+        rows=per if plain else None,
+        channels=next(name for name, (counted, _) in per_size.items() if counted == size)
+        if plain
+        else [getattr(layer, size) * per_channel for layer in sizes],
+        unit_tensors=tensors or None,
+        attributes={path: values for path, values in attributes.items() if values} or None,
+        head_arguments=description.head_arguments if has_arguments else None,
+        kept_heads=_kept_heads(layout) if has_arguments else None,
+        adds_residual=description.adds_residual or None,
     )
+
+
+def _is_there(layout: Layout, name: str) -> bool:
+    return any(spec.name.endswith(f".{name}") for spec in layout.specs)
+
+
+def _follow(layout: Layout, expression: str) -> list[int] | None:
+    """An attribute's value in every layer, 0 in one without units; None where it is the dense model's in all."""
+
+    def value(layer: LayerShape) -> int:
+        heads, groups, _ = layer
+        known = layout.checkpoint.sizes | layer._asdict() | {"query_heads_per_group": heads // max(groups, 1)}
+        return evaluate(expression, known)
+
+    values, dense = [value(layer) for layer in layout.sizes], value(_dense(layout.checkpoint))
+    return None if set(values) <= {dense, 0} else values
+
+
+def _dense(checkpoint: Checkpoint) -> LayerShape:
+    return LayerShape(*(checkpoint.sizes[size] for size in LayerShape._fields))
+
+
+def _kept_heads(layout: Layout) -> list[list[int]]:
+    """Which of the configuration's heads every written layer keeps, through all rounds of pruning."""
+    plan, flap, shape = layout.plan, layout.checkpoint.flap, layout.checkpoint.shape
+    before = next((m.kept_heads for m in (flap.modules if flap else None) or [] if m.kept_heads), None)
+    found = []
+    for layer in layout.layers.source_indices:
+        own = before[layer] if before else list(range(shape.layers[layer].num_attention_heads))
+        stays = shape.kept(layer, "attention", plan.kept(layer, "attention"))["num_attention_heads"]
+        found.append([head for head, kept in zip(own, stays, strict=True) if kept or layout.masked])
+    return found
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:

@@ -60,7 +60,7 @@ def _config_fields(checkpoint: Checkpoint, kept: tuple[int, ...]) -> dict[str, A
         for key in (*family.per_layer_lists, *family.leading_layer_counts)
         if (value := getattr(checkpoint.load_config(), key, None)) is not None
     }
-    fields: dict[str, Any] = {family.sizes["num_layers"]: len(kept)}
+    fields: dict[str, Any] = {str(family.sizes["num_layers"]): len(kept)}
     for key in family.per_layer_lists:
         if isinstance(entries := known.get(key), list):
             if len(entries) != count:

@@ -14,7 +14,7 @@ from flapcli.artifacts.plan import Plan, pruned_layers
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.settings import ApplyOptions
-from flapcli.pruning.cut import ModuleCut, cut_of, rows_of
+from flapcli.pruning.cut import ModuleCut, cut_of
 from flapcli.pruning.kept_layers import KeptLayers, kept_layers_of
 from flapcli.pruning.stock_form import StockForm, stock_form_of
 from flapcli.storage.dtypes import CODES, SLICED
@@ -31,23 +31,28 @@ class Copy:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a source tensor: of a projection that produces the channels, or of its bias."""
+    """Some rows of a source tensor: of a projection that produces the channels, of its bias, or of a unit tensor.
+
+    `axis` is where its rows lie.
+    """
 
     spec: TensorSpec
     source: str
     rows: torch.Tensor
+    axis: int
 
 
 @dataclass(frozen=True)
 class Output:
     """The columns of an output projection that are kept, and its bias: made together, since a fit decides both.
 
-    None where the pruned checkpoint has no such tensor.
+    None where the pruned checkpoint has no such tensor. `transposed`: the weight is written (channels, out).
     """
 
     weight: TensorSpec | None
     bias: TensorSpec | None
     cut: ModuleCut
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def layout_of(checkpoint: Checkpoint, plan: Plan, options: ApplyOptions, adds_bi
     stock, why = None, ""
     if options.remote_code == "auto":
         stock, why = stock_form_of(checkpoint, sizes, layers, adds_bias)
-    steps = _Steps(checkpoint, plan, masked, adds_bias, layers, asked, dtype).in_order()
+    steps = _Steps(checkpoint, plan, masked, adds_bias, layers, asked, dtype, stock is not None).in_order()
     zeros = (Zeros(TensorSpec(name, shape, dtype)) for name, shape in (stock.zero_biases if stock else {}).items())
     return Layout(checkpoint, plan, masked, adds_bias, layers, sizes, dtype, stock, why, (*steps, *zeros))
 
@@ -146,6 +151,7 @@ class _Steps:
     layers: KeptLayers
     asked: str | None
     dtype: str
+    is_stock: bool
 
     def in_order(self) -> Iterator[Step]:
         """Steps in the order of the source's tensors; biases of modules that have no tensor there come last."""
@@ -165,18 +171,18 @@ class _Steps:
 
     def _producers(self, cut: ModuleCut) -> dict[str, Step]:
         """Rows of the projections that produce the channels, and their biases' entries."""
-        shape, family = self.checkpoint.shape, self.checkpoint.family
-        if len(cut.kept) == 0 and not self.masked:
-            return {}
-        found: dict[str, Step] = {}
-        for producer, size in family.module(cut.module).producers.items():
-            per_unit = shape.head_dim if size == "num_key_value_heads" else shape.channels_per_unit(cut.module)
-            rows = rows_of(cut.kept_units, per_unit)
-            for suffix in ("weight", "bias"):
-                name = f"{family.layer.format(i=cut.layer)}.{producer}.{suffix}"
-                if spec := self.checkpoint.tensors.get(name):
-                    size_after = spec.shape if self.masked else (len(rows), *spec.shape[1:])
-                    found[name] = Rows(self._written(name, size_after, spec.dtype), name, rows)
+        family, found = self.checkpoint.family, dict[str, Step]()
+        if len(cut.kept) + len(cut.pruned) == 0 or (len(cut.kept) == 0 and not self.masked):
+            return found
+        prefix, producers = family.layer.format(i=cut.layer), family.module(cut.module).producers
+        for local, row_map in self.checkpoint.rows(cut.module).items():
+            rows = torch.from_numpy(row_map.indices(cut.stays))
+            for name in [f"{local}.weight", f"{local}.bias"] if local in producers else [local]:
+                if spec := self.checkpoint.tensors.get(f"{prefix}.{name}"):
+                    axis = len(spec.shape) - 1 if family.transposed and local in producers else 0
+                    after = list(spec.shape)
+                    after[axis] = spec.shape[axis] if self.masked else len(rows)
+                    found[spec.name] = Rows(self._written(spec.name, tuple(after), spec.dtype), spec.name, rows, axis)
         return found
 
     def _output(self, cut: ModuleCut) -> dict[str, Step]:
@@ -184,17 +190,19 @@ class _Steps:
         prefix = self.checkpoint.family.output(cut.layer, cut.module)
         weight_name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
         source, hidden_size = self.checkpoint.tensors.get(weight_name), self.checkpoint.shape.hidden_size
+        transposed = self.checkpoint.family.transposed
         weight = bias = None
         own_bias = self.checkpoint.tensors.get(bias_name)
         if source or not self.masked:  # also without columns, which stops loaders that know nothing of flap
-            columns = source.shape[1] if source and self.masked else len(cut.kept)
-            weight = self._written(weight_name, (hidden_size, columns), (source or own_bias or self).dtype)
+            columns = len(cut.kept) + (len(cut.pruned) if self.masked else 0)
+            shape = (columns, hidden_size) if transposed and columns else (hidden_size, columns)
+            weight = self._written(weight_name, shape, (source or own_bias or self).dtype)
         if self.adds_bias or own_bias:
             like = own_bias or source
             bias = self._written(bias_name, (hidden_size,), like.dtype if like else self.dtype)
         if weight is None and bias is None:
             return {}
-        return {weight_name if weight else bias_name: Output(weight, bias, cut)}
+        return {weight_name if weight else bias_name: Output(weight, bias, cut, transposed)}
 
     def _replaced(self, cut: ModuleCut) -> set[str]:
         """Tensors of a module that have steps of their own, or go with it as an emptied attention's norms do."""
@@ -202,7 +210,8 @@ class _Steps:
         prefix, description = family.layer.format(i=cut.layer), family.module(cut.module)
         parts = [description.output, *description.producers]
         found = {f"{prefix}.{part}.{suffix}" for part in parts for suffix in ("weight", "bias")}
-        if not self.masked and len(cut.kept) == 0:
+        found |= {f"{prefix}.{name}" for name in description.unit_tensors}
+        if not self.masked and len(cut.kept) == 0 and cut.module == "attention":
             inside = f"{prefix}.{description.output.rpartition('.')[0]}."
             found |= {name for name in self.checkpoint.tensors if name.startswith(inside)}
         return found
@@ -217,5 +226,14 @@ class _Steps:
         return None if place is None else f"{before}{place}{after}.{local}"
 
     def _written(self, name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
-        """A tensor of a layer that is written, under its name in the source, as the pruned checkpoint has it."""
-        return TensorSpec(str(self._final_name(name)), shape, self.asked or dtype)
+        """A tensor of a layer that is written, under its name in the source, as the pruned checkpoint has it.
+
+        A stock folder's files go on calling it as the source's call the one, or its like, of the layer whose index it
+        takes; others have the model's own names.
+        """
+        final, known = str(self._final_name(name)), self.checkpoint.name_in_files if self.is_stock else {}
+        if final not in known:  # a bias that is added
+            owner, _, leaf = final.rpartition(".")
+            stored = known.get(f"{owner}.weight", "")
+            final = stored.removesuffix("weight") + leaf if stored.endswith(".weight") else final
+        return TensorSpec(known.get(final, final), shape, self.asked or dtype)

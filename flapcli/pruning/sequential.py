@@ -94,7 +94,13 @@ class LayerInputs:
     def __init__(self, layer: torch.nn.Module, family: Family) -> None:
         self.of: dict[str, torch.Tensor] = {}
         self._until: Module | None = None
-        paths = {module: family.module(module).output for module in MODULES} | {"between": family.between_modules}
+        paths: dict[str, str] = {module: family.module(module).output for module in MODULES}
+        if family.between_modules is None:
+            raise FlapError(
+                f"--sequential fits attention before the MLP, which stand side by side in family {family.name}: leave "
+                "it out"
+            )
+        paths["between"] = family.between_modules
         self._handles = [
             layer.get_submodule(path).register_forward_pre_hook(self._hook(name)) for name, path in paths.items()
         ]

@@ -90,6 +90,7 @@ class ProjectionFit:
         """Let the layer's projection compute the fit, as it is `written`, in `running`; pruned channels meet zeros."""
         if self.weight is not None:
             full = scatter(fit.weight.to(written), self.cut.kept, 1, tuple(self.weight.shape))
+            full = full if projection.weight.shape == full.shape else full.T
             projection.weight = self._parameter(full, running)
         if fit.bias is not None:
             own = 0 if self.bias is None else self.bias.double()

@@ -63,8 +63,8 @@ def _make(step: Step, layout: Layout, compensation: Compensation, report: FitRep
         case Copy():
             return [read(step.source)]
         case Rows():
-            rows = read(step.source)[step.rows]
-            return [scatter(rows, step.rows, 0, step.spec.shape) if layout.masked else rows]
+            rows = read(step.source).index_select(step.axis, step.rows)
+            return [scatter(rows, step.rows, step.axis, step.spec.shape) if layout.masked else rows]
         case Zeros():
             return [torch.zeros(step.spec.shape)]
         case Output():
@@ -82,8 +82,11 @@ def _output(step: Output, layout: Layout, compensation: Compensation, report: Fi
         report.raised[cut.layer, cut.module] = fit.raised
     made = []
     if step.weight:
-        columns = fit.weight if weight is not None else torch.zeros(step.weight.shape)
-        made.append(scatter(columns, cut.kept, 1, step.weight.shape) if layout.masked else columns)
+        columns = fit.weight.T if step.transposed else fit.weight
+        if weight is None:
+            columns = torch.zeros(step.weight.shape)
+        axis = 0 if step.transposed else 1
+        made.append(scatter(columns, cut.kept, axis, step.weight.shape) if layout.masked else columns)
     if step.bias:
         parts = (part for part in (own_bias, fit.bias) if part is not None)
         made.append(sum(parts, torch.zeros(step.bias.shape, dtype=torch.float64)))

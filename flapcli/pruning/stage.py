@@ -58,6 +58,7 @@ def apply(
     stats_path = inputs.stats or plan_path.parent / plan.stats.path
     hub = replace(inputs.hub, revision=inputs.hub.revision or plan.model.revision)
     checkpoint = open_checkpoint(inputs.model or plan.model.name, hub)
+    checkpoint.attention_unit = plan.attention_unit
     check_not_source(out, checkpoint.path)
     check_belongs(plan, checkpoint.shape, plan_path)
     made_by = MadeBy(

@@ -35,12 +35,27 @@ def stock_form_of(
     unsaid = [family.module(module).output for module in biased if module not in family.bias_options]
     if unsaid:
         return None, f"{family.architecture} knows no bias on {' and '.join(unsaid)}"
-    fields: dict[str, Any] = {family.sizes[size]: getattr(even, size) for size in LayerShape._fields}
-    fields |= layers.config_fields | {family.sizes["head_dim"]: checkpoint.shape.head_dim}
+    if family.attention.head_arguments and even.num_attention_heads != checkpoint.sizes["num_attention_heads"]:
+        return None, f"{family.architecture} gives every head a slope by its number, which those that stay would change"
+    wanted = even._asdict() | {"head_dim": checkpoint.shape.head_dim}
+    keys = {size: key for size, key in family.sizes.items() if isinstance(key, str)}
+    fields = {key: wanted[size] for size, key in keys.items() if size in wanted} | layers.config_fields
+    if told := _untold(checkpoint, even):
+        return None, f"config.json of {family.architecture} has no key for its {told}"
     fields |= {family.bias_options[module]: True for module in biased}
     if refusal := _refused(checkpoint, fields):
         return None, refusal
     return StockForm(fields, _zero_biases(checkpoint, even, layers, biased)), "every layer keeps the same sizes"
+
+
+def _untold(checkpoint: Checkpoint, even: LayerShape) -> str | None:
+    """A size that the configuration can't say, and that transformers would take for another than the layers'."""
+    family, sizes = checkpoint.family, checkpoint.sizes
+    if "intermediate_size" not in family.sizes and even.intermediate_size != sizes["intermediate_size"]:
+        return "MLP's width"
+    if "head_dim" not in family.sizes and even.num_attention_heads != sizes["num_attention_heads"]:
+        return "head size, which is the hidden size by the heads"
+    return None
 
 
 def _zero_biases(
@@ -48,10 +63,10 @@ def _zero_biases(
 ) -> dict[str, tuple[int, ...]]:
     family = checkpoint.family
     return {
-        f"{family.layer.format(i=written)}.{producer}.bias": (getattr(even, size) * checkpoint.shape.rows_per(size),)
+        f"{family.layer.format(i=written)}.{producer}.bias": (checkpoint.rows(module)[producer].count(even),)
         for source, written in layers.written_index.items()
         for module in biased
-        for producer, size in family.module(module).producers.items()
+        for producer in family.module(module).producers
         if f"{family.layer.format(i=source)}.{producer}.bias" not in checkpoint.tensors
     }
 
@@ -70,7 +85,7 @@ def _refused(checkpoint: Checkpoint, fields: dict[str, Any]) -> str | None:
 
     config = {k: v for k, v in checkpoint.config.items() if k not in ("flap", "auto_map", "model_type")}
     try:
-        AutoConfig.for_model(checkpoint.family.model_type, **config | fields)
+        AutoConfig.for_model(checkpoint.family.name, **config | fields)
     except Exception as error:  # strict dataclasses wrap what their validators raise in classes of their own
         lines = str(error).strip().splitlines() or [first_line(error)]
         return f"transformers refuses the sizes: {lines[-1].strip()}"

@@ -1,0 +1,79 @@
+"""Which rows of a tensor belong to which head or neuron: one map, from which cuts, shapes and counts follow.
+
+A description gives a tensor as blocks that lie one after the other, each a list of symbols that take turns head by
+head or neuron by neuron: `[["q", "k", "v"]]` is interleaved, `[["q"], ["k"], ["v"]]` is concatenated. `q` stands for a
+query head's rows (in a KV group those of all its query heads), `k` and `v` for those of a key/value head, `n` for a
+neuron's; their number is head_dim, for `n` one, or what stands behind a colon, such as `q:2*head_dim`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapcli.architecture.shape import LayerShape, Size
+
+Symbols = list[list[str]]
+SIZE_OF: dict[str, Size] = {
+    "q": "num_attention_heads", "k": "num_key_value_heads", "v": "num_key_value_heads", "n": "intermediate_size",
+}  # fmt: skip
+Kept = Mapping[Size, NDArray[np.bool_]]  # which of the heads, or neurons, of a layer stay
+
+
+class Part(NamedTuple):
+    """Rows for one of what `size` counts."""
+
+    size: Size
+    rows: int
+
+
+def evaluate(expression: str, values: Mapping[str, int]) -> int:
+    """A sum of products of numbers and names, such as `2*head_dim`. Raises KeyError for an unknown name."""
+    total = 0
+    for term in expression.split("+"):
+        product = 1
+        for factor in term.split("*"):
+            product *= int(factor) if factor.isdigit() else values[factor]
+        total += product
+    return total
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """A tensor's rows (its first axis, or the last of transposed weights), in blocks of parts that take turns."""
+
+    blocks: tuple[tuple[Part, ...], ...]
+
+    @classmethod
+    def of(cls, symbols: Symbols, values: Mapping[str, int]) -> "RowMap":
+        """From a description's symbols; `values` are the sizes that their expressions name."""
+
+        def part(symbol: str) -> Part:
+            letter, _, rows = symbol.partition(":")
+            return Part(SIZE_OF[letter], evaluate(rows or ("1" if letter == "n" else "head_dim"), values))
+
+        return cls(tuple(tuple(part(symbol) for symbol in block) for block in symbols))
+
+    @property
+    def per(self) -> dict[Size, int]:
+        """Rows for one of what each size counts."""
+        found: dict[Size, int] = {}
+        for block in self.blocks:
+            for size, rows in block:
+                found[size] = found.get(size, 0) + rows
+        return found
+
+    def count(self, layer: LayerShape) -> int:
+        """Rows in a layer of these sizes."""
+        return sum(getattr(layer, size) * rows for size, rows in self.per.items())
+
+    def indices(self, kept: Kept) -> NDArray[np.int64]:
+        """Rows of what stays, ascending; `kept` is of a module that has units."""
+        turns = len(kept["num_key_value_heads"]) if "num_key_value_heads" in kept else len(kept["intermediate_size"])
+        rows = [
+            np.concatenate([np.repeat(kept[s].reshape(turns, -1), n, axis=1) for s, n in block], axis=1).ravel()
+            for block in self.blocks
+        ]
+        return np.flatnonzero(np.concatenate(rows))

@@ -1,0 +1,175 @@
+"""What holds for every description of a family, on a tiny random model of each and of its variants."""
+
+import copy
+import json
+
+import pytest
+import torch
+from support.edits import edit_keep
+from support.families import FAMILY_CONFIGS
+from support.models import load_dense, tiny_tokenizer
+from support.pruned import CLOSE, IDS, load_pruned, logits
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flapcli.architecture.family import families
+from flapcli.architecture.shape import MODULES
+from flapcli.artifacts.plan import load_plan
+from flapcli.artifacts.stats import load_stats
+from flapcli.checkpoints import open_checkpoint
+from flapcli.execution.loading import load_model
+
+SMALL = ["--nsamples", "8", "--seqlen", "16", "--dtype", "float32"]
+
+
+def test_every_description_has_a_model():
+    assert {kind for kind, _ in FAMILY_CONFIGS.values()} == set(families())
+
+
+def make_family(folder, name):
+    """A random model in which every unit matters, its biases and norms included, and a tokenizer."""
+    torch.manual_seed(0)
+    kind, settings = FAMILY_CONFIGS[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = 0.3 if parameter.ndim > 1 else 0.1
+            parameter.copy_(torch.randn_like(parameter) * size + (parameter.ndim == 1 and bool((parameter == 1).all())))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILY_CONFIGS)
+def made(request, tmp_path_factory, flap, text_file):
+    """A dense folder, and a run folder with statistics and an uneven plan of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    dense, run = make_family(folder / "dense", request.param), folder / "run"
+    flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
+    flap("plan", "-d", run, "--ratio", "0.3")
+    flap("apply", "-d", run)
+    return dense, run
+
+
+def masked(dense, run, stats=None, bias=True):
+    """A model with the columns of pruned channels zeroed and the paper's bias, which nothing of flap computes."""
+    model, plan = load_pruned(dense), load_plan(run / "plan.yaml")
+    stats, family = load_stats(stats or run / "stats.safetensors"), open_checkpoint(str(dense)).family
+    for i in range(len(plan.layers)):
+        for module in MODULES:
+            projection, mean = model.get_submodule(family.output(i, module)), stats.modules[i, module].mean
+            if not (units := plan.layers[i].module(module).of):
+                continue
+            gone = torch.ones(units, len(mean) // units, dtype=torch.bool)
+            gone[plan.kept(i, module)] = False
+            columns = projection.weight.detach().T if family.transposed else projection.weight.detach()
+            owed = columns[:, gone.flatten()] @ torch.from_numpy(mean)[gone.flatten()] * bias
+            columns[:, gone.flatten()] = 0
+            old = 0 if projection.bias is None else projection.bias.detach()
+            projection.bias = torch.nn.Parameter(old + owed)
+    return model
+
+
+def step_by_step(model, ids):
+    """Logits of the last tokens, each from the cache of those before."""
+    with torch.no_grad():
+        found = model(ids[:, :5], use_cache=True)
+        rows = [found.logits[:, -1]]
+        for place in range(5, ids.shape[1]):
+            found = model(ids[:, place : place + 1], past_key_values=found.past_key_values, use_cache=True)
+            rows.append(found.logits[:, -1])
+    return torch.stack(rows, 1)
+
+
+def padded(model):
+    """Logits of a batch of which one text is shorter, padded on the left."""
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        return model(IDS, attention_mask=mask).logits[:, 4:]
+
+
+def test_sliced_equals_masked(made, flap):
+    dense, run = made
+    sliced, expected = load_pruned(run / "pruned"), masked(dense, run)
+    plan = load_plan(run / "plan.yaml")
+    assert len(set(zip(plan.counts("attention"), plan.counts("mlp"), strict=True))) > 1
+    assert plan.parameters.kept < 0.75 * plan.parameters.prunable
+    torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced, IDS), logits(sliced)[:, 4:], **CLOSE)
+    torch.testing.assert_close(padded(sliced), padded(expected), **CLOSE)
+    checkpoint = open_checkpoint(str(run / "pruned"))
+    added = sum(spec.shape[0] for n, spec in checkpoint.tensors.items() if n not in open_checkpoint(str(dense)).tensors)
+    assert checkpoint.shape.parameters == plan.parameters.model_after + added
+
+
+def test_streamed_equals_in_memory(made, flap, text_file):
+    dense, run = made
+    flap("calibrate", dense, "--out", run / "streamed.safetensors", "--dataset", text_file, *SMALL, "--stream")
+    one, other = load_stats(run / "stats.safetensors"), load_stats(run / "streamed.safetensors")
+    for key, values in one.modules.items():
+        for name in values.__dataclass_fields__:
+            torch.testing.assert_close(
+                torch.from_numpy(getattr(values, name)), torch.from_numpy(getattr(other.modules[key], name)),
+                rtol=1e-4, atol=1e-6,
+            )  # fmt: skip
+
+
+def test_nothing_pruned_gives_the_dense_logits(made, flap):
+    dense, run = made
+    flap("plan", "-d", run, "--out", run / "nothing.yaml", "--ratio", "0")
+    flap("apply", "-d", run, "--plan", run / "nothing.yaml", "--out", run / "whole")
+    torch.testing.assert_close(logits(load_pruned(run / "whole")), logits(load_dense(dense)), rtol=1e-5, atol=1e-5)
+
+
+def test_emptied_modules(made, flap):
+    """Layers without heads, the first among them, whose cache counts the tokens, and without neurons."""
+    dense, run = made
+    one = run / "emptied"
+    flap("plan", "-d", run, "--out", one / "plan.yaml", "--ratio", "0")
+    edit_keep(one, (0, "attention"), (1, "mlp"), (2, "attention"))
+    flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned")
+    sliced, expected = load_pruned(one / "pruned"), masked(dense, one, run / "stats.safetensors")
+    torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced, IDS), logits(sliced)[:, 4:], **CLOSE)
+    checked = load_model(open_checkpoint(one / "pruned"), torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logits(checked), logits(sliced), rtol=1e-6, atol=1e-6)
+
+
+def test_stock_where_even(made, flap):
+    """What every layer keeps alike is a folder of the family's own class, wherever its configuration can say it."""
+    dense, run = made
+    one = run / "even"
+    kept = {"attention": "0,2,3,5", "mlp": "0-39"}
+    flap("plan", "-d", run, "--out", one / "plan.yaml", "--ratio", "0")
+    unit = load_plan(one / "plan.yaml").layers[0].attention
+    kept["attention"] = "0,2" if unit.of == 3 else kept["attention"]
+    for module in MODULES:
+        edit_keep(one, *((layer, module) for layer in range(3)), keep=kept[module])
+    flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned", "--compensate", "none")
+    config = json.loads((one / "pruned" / "config.json").read_text())
+    print("STOCK", dense.parent.name, "auto_map" not in config)
+    expected = masked(dense, one, run / "stats.safetensors", bias=False)
+    torch.testing.assert_close(logits(load_pruned(one / "pruned")), logits(expected), **CLOSE)
+
+
+def test_streamed_perplexity_is_the_models_own(made, flap, text_file):
+    """Scales, caps and biases of heads included; by the sliced folder, so that its layers are streamed too."""
+    _, run = made
+    small = ["--perplexity", text_file, "--seqlen", "64", "--no-baseline", "--dtype", "float32", "--json"]
+    found = [
+        json.loads(flap("eval", run / "pruned", "--out", run / f"{mode}.json", *small, mode).stdout)["perplexity"]
+        for mode in ("--stream", "--no-stream")
+    ]
+    assert found[0][str(text_file)] == pytest.approx(found[1][str(text_file)], rel=1e-5)
+
+
+def test_second_round(made, flap, text_file):
+    """A pruned folder is calibrated and pruned again, its layers' own sizes being those that count."""
+    _, run = made
+    again = run / "again"
+    flap("calibrate", run / "pruned", "-d", again, "--dataset", text_file, *SMALL)
+    flap("plan", "-d", again, "--ratio", "0.3")
+    flap("apply", "-d", again)
+    sliced, expected = load_pruned(again / "pruned"), masked(run / "pruned", again)
+    torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced, IDS), logits(sliced)[:, 4:], **CLOSE)

@@ -1,0 +1,74 @@
+"""A tiny configuration for every description of a family, and for each of its variants."""
+
+SIZES = {
+    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3,
+    "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
+MHA = {"num_attention_heads": 6, "num_key_value_heads": 6}
+MQA = {"num_attention_heads": 6, "num_key_value_heads": 1}
+WINDOW = {"sliding_window": 5}
+GPT = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 56, "n_positions": 256, "vocab_size": 320, "bos_token_id": 1,
+       "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+FALCON = SIZES | {"num_attention_heads": 6, "ffn_hidden_size": 56}
+
+# By name: the model_type and what its configuration is made with.
+FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
+    "apertus": ("apertus", SIZES | GQA),
+    "arcee": ("arcee", SIZES | GQA | {"mlp_bias": True}),
+    "biogpt": ("biogpt", SIZES | MHA),
+    "bloom": ("bloom", {"n_layer": 3, "n_head": 6, "hidden_size": 48, "vocab_size": 320}),
+    "cohere": ("cohere", SIZES | GQA | {"logit_scale": 0.3}),
+    "cohere-norms": ("cohere", SIZES | GQA | {"use_qk_norm": True, "attention_bias": True}),
+    "cohere2": ("cohere2", SIZES | GQA | WINDOW),
+    "ernie4_5": ("ernie4_5", SIZES | GQA | {"head_dim": 8, "use_bias": True}),
+    "exaone": ("exaone", SIZES | GQA),
+    "exaone4": ("exaone4", SIZES | GQA | WINDOW),
+    "falcon": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3}),
+    "falcon-7b": ("falcon", FALCON | {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}),
+    "falcon-rw": ("falcon", FALCON | {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False,
+                                      "alibi": True, "bias": True}),
+    "gemma": ("gemma", SIZES | MQA | {"head_dim": 8}),
+    "gemma2": ("gemma2", SIZES | GQA | WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8,
+                                                 "final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0}),
+    "gemma3_text": ("gemma3_text", SIZES | MQA | WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "glm": ("glm", SIZES | GQA | {"head_dim": 8, "attention_bias": True}),
+    "glm4": ("glm4", SIZES | GQA | {"head_dim": 8}),
+    "gpt2": ("gpt2", GPT),
+    "gpt_bigcode": ("gpt_bigcode", GPT),
+    "gpt_bigcode-mha": ("gpt_bigcode", GPT | {"multi_query": False}),
+    "gpt_neox": ("gpt_neox", SIZES | {"num_attention_heads": 6}),
+    "gpt_neox-serial": ("gpt_neox", SIZES | {"num_attention_heads": 6, "use_parallel_residual": False}),
+    "gptj": ("gptj", GPT | {"rotary_dim": 4}),
+    "granite": ("granite", SIZES | GQA | {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "mlp_bias": True,
+                                          "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
+    "granite_swa": ("granite_swa", SIZES | GQA | WINDOW),
+    "helium": ("helium", SIZES | GQA | {"head_dim": 8}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", SIZES | GQA | {"head_dim": 8}),
+    "hyperclovax": ("hyperclovax", SIZES | GQA),
+    "internlm3": ("internlm3", SIZES | GQA | {"head_dim": 8}),
+    "iquestcoder": ("iquestcoder", SIZES | GQA | {"head_dim": 8}),
+    "jais2": ("jais2", SIZES | GQA),
+    "llama": ("llama", SIZES | GQA),
+    "ministral3": ("ministral3", SIZES | GQA | {"head_dim": 8}),
+    "mistral": ("mistral", SIZES | GQA | WINDOW),
+    "mpt": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 3, "vocab_size": 320, "max_seq_len": 256}),
+    "nanochat": ("nanochat", SIZES | GQA),
+    "nemotron": ("nemotron", SIZES | GQA | {"head_dim": 8}),
+    "olmo": ("olmo", SIZES | GQA | {"clip_qkv": 1.0}),
+    "opt": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 48}),
+    "opt-post-norm": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
+    "persimmon": ("persimmon", SIZES | {"num_attention_heads": 6}),
+    "phi": ("phi", SIZES | GQA),
+    "phi3": ("phi3", SIZES | GQA),
+    "qwen2": ("qwen2", SIZES | GQA),
+    "qwen3": ("qwen3", SIZES | GQA | {"head_dim": 16}),
+    "seed_oss": ("seed_oss", SIZES | GQA | {"head_dim": 8}),
+    "smollm3": ("smollm3", SIZES | GQA),
+    "stablelm": ("stablelm", SIZES | GQA | {"use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", SIZES | GQA | {"use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", SIZES | GQA),
+    "vaultgemma": ("vaultgemma", SIZES | GQA | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "xglm": ("xglm", {"num_layers": 3, "d_model": 48, "ffn_dim": 56, "attention_heads": 6, "vocab_size": 320,
+                      "max_position_embeddings": 256}),
+}  # fmt: skip
