@@ -125,6 +125,24 @@ class Family(Record):
     refuses: list[Refusal]
     notes: str
 
+    def summary(self) -> dict[str, str]:
+        """What `flap families` says of it."""
+        grouped = self.sizes.get("num_key_value_heads")
+        unit = "head" if grouped is None else "query_head" if grouped == 1 else "kv_group, query_head"
+        sayable = [word for word, key in (("heads", "head_dim"), ("neurons", "intermediate_size")) if key in self.sizes]
+        export = self.gguf.export
+        return {
+            "family": self.name,
+            "models": self.covers,
+            "architecture": self.architecture,
+            "unit": unit,
+            "prunable": "attention, mlp",
+            "stock_when_even": ", ".join(sayable) or "no",
+            "gguf": "no" if isinstance(export, str) else export.architecture,
+            "gguf_why": export if isinstance(export, str) else "",
+            "notes": self.notes,
+        }
+
     def module(self, module: Module) -> ModuleDescription:
         return self.attention if module == "attention" else self.mlp
 

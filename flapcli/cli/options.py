@@ -55,6 +55,8 @@ AttentionUnit = Annotated[s.AttentionUnit | None, typer.Option(
     "--attention-unit", rich_help_panel="Plan", help="What goes at once of attention whose heads share keys: a KV "
     "group with its query heads, or one query head of every group, whose keys stay.",
     show_default="kv_group; query_head where all heads share one")]
+CheckModel = Annotated[str | None, typer.Option(
+    "--check", metavar="MODEL", help="Try the description of this model's family on it.")]
 Outtype = Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(
     help="Type of the weights; llama-quantize makes the smaller ones from f16 or f32.")]
 

@@ -7,7 +7,7 @@ import typer
 
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, tell
-from flapcli.errors import UsageError
+from flapcli.errors import FlapError, UsageError
 from flapcli.views import terminal
 
 
@@ -145,13 +145,37 @@ def show(
 
 
 @command("families")
-def families(as_json: o.Json = False) -> None:
-    """List the model families that flap prunes."""
+def families(
+    check: o.CheckModel = None,
+    execution: o.ExecutionGroup = o.ExecutionGroup(),
+    *,
+    hub: o.HubGroup,
+    as_json: o.Json = False,
+) -> None:
+    """List the model families that flap prunes, or try a description on a checkpoint.
+
+    --check reads headers, and slices the first and the last layer: do all tensors have their place, do sizes agree,
+    does a sliced layer compute what the masked one does?
+    """
     from flapcli.architecture.family import families as known
     from flapcli.views import tables
 
-    rows = [
-        {"family": f.name, "covers": f.covers, "model_type": f.name, "architecture": f.architecture}
-        for f in known().values()
-    ]
-    terminal.data(rows) if as_json else tables.show_families(rows)
+    if check is None:
+        rows = [f.summary() for f in known().values()]
+        terminal.data(rows) if as_json else tables.show_families(rows)
+        return
+    from flapcli.checkpoints import open_checkpoint
+    from flapcli.cli.resolve import execution_of, hub_of
+    from flapcli.pruning.trial import try_description
+
+    checkpoint = open_checkpoint(check, hub_of(hub))
+    trials = try_description(checkpoint, execution_of(execution), terminal.Bars())
+    found = {
+        "model": checkpoint.name,
+        "family": checkpoint.family.name,
+        "tensors": len(checkpoint.tensors),
+        "layers": [trial._asdict() | {"agrees": trial.agrees} for trial in trials],
+    }
+    terminal.data(found) if as_json else tables.show_trials(found)
+    if not all(trial.agrees for trial in trials):
+        raise FlapError(f"{check}: sliced layers do not compute what masked ones do; its description does not fit")

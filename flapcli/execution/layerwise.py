@@ -179,7 +179,8 @@ class _Ends:
         if f"{self.checkpoint.family.head}.weight" not in self._head_names:
             head.weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
         with self._in_place_of_layers(lambda *_, **__: (states, None) if self._in_tuples else states):
-            return self.model(inputs_embeds=states, use_cache=False).logits
+            tokens = torch.zeros(states.shape[:-1], dtype=torch.int64, device=states.device)  # whichever
+            return self.model(input_ids=tokens, use_cache=False).logits
 
     def arguments(self, layer: int, ids: torch.Tensor) -> Arguments:
         """What `layer` is called with for a batch of this size; it depends on sizes alone, so it is made once."""
@@ -194,7 +195,7 @@ class _Ends:
             self.arguments(0, ids)
 
     @contextmanager
-    def _in_place_of_layers(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    def _in_place_of_layers(self, forward: Callable[..., Any]) -> Iterator[None]:
         """Every layer called does this, while the code around them is the model's own."""
         for layer in self._layers:
             layer.forward = forward

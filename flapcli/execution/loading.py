@@ -88,10 +88,13 @@ def head_of(model: PreTrainedModel, decoder: torch.nn.Module) -> Callable[[torch
     return head
 
 
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, flap: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """The model with all weights on the meta device: no memory, only what it computes from its configuration.
 
-    Buffers (rotary frequencies) are real, on `device`. Raises FlapError where transformers can't build it.
+    With `flap`, in the sizes of such a section of config.json. Buffers (rotary frequencies) are real, on `device`.
+    Raises FlapError where transformers can't build it.
     """
     from accelerate import init_empty_weights
 
@@ -99,6 +102,9 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     config = checkpoint.load_config()
     config.architectures = [checkpoint.family.architecture]
     kind = _class_of(checkpoint)
+    if flap:
+        config.flap = flap
+        kind = getattr(modeling_flap, f"Flap{checkpoint.family.architecture}")
     try:
         with init_empty_weights(include_buffers=False):
             if kind is AutoModelForCausalLM:

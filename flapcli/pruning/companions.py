@@ -48,7 +48,7 @@ def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
         parameters=sum(prod(spec.shape) for spec in layout.specs),
         source_layers=list(layers.source_indices) if layers.config_fields else None,
         output_error=errors if report.errors else None,
-        modules=None if layout.stock else [_module(layout, module) for module in MODULES],
+        modules=None if layout.stock else [module_layout(layout, module) for module in MODULES],
         decoder_layers=None if layout.stock or place == "model.layers" else place,
         made_by=made_by,
     )
@@ -77,7 +77,7 @@ def _old_rope(config: dict[str, Any]) -> dict[str, Any]:
     return old if scaled.get("rope_type", "default") == "default" else old | {"rope_scaling": scaled}
 
 
-def _module(layout: Layout, module: Module) -> ModuleLayout:
+def module_layout(layout: Layout, module: Module) -> ModuleLayout:
     """The family's description of a module as modeling_flap.py reads it, so that it knows no family itself."""
     checkpoint, sizes = layout.checkpoint, layout.sizes
     description, rows = checkpoint.family.module(module), checkpoint.rows(module)

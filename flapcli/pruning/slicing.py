@@ -36,7 +36,7 @@ def write_tensors(
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for step in layout.steps:
-                made = _make(step, layout, compensation, report)
+                made = make(step, layout, compensation, report)
                 for spec, tensor in zip(specs_of(step), made, strict=True):
                     yield spec.name, _as_written(tensor, spec)
                     advance(spec.nbytes)
@@ -56,7 +56,7 @@ def _as_written(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     return made
 
 
-def _make(step: Step, layout: Layout, compensation: Compensation, report: FitReport) -> list[torch.Tensor]:
+def make(step: Step, layout: Layout, compensation: Compensation, report: FitReport) -> list[torch.Tensor]:
     """The tensors of one step, in the order of `specs_of`."""
     read = layout.checkpoint.read
     match step:

@@ -144,9 +144,21 @@ def show_export(exported: ExportedGguf) -> None:
 
 
 def show_families(rows: list[dict[str, str]]) -> None:
-    table = Table("family", "covers", "model_type", "architecture")
+    """What is supported, a line a family."""
+    table = Table("family", "models", "unit", "stock if even", "GGUF", "notes")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row[key] for key in ("family", "models", "unit", "stock_when_even", "gguf", "notes")))
+    out.print(table)
+    out.print(f"{len(rows)} families; attention and MLP are prunable where no note says otherwise")
+
+
+def show_trials(found: dict[str, Any]) -> None:
+    """What trying a description said."""
+    table = _pairs(f"{found['model']}, family {found['family']}")
+    table.add_row("tensors", f"all {found['tensors']:,} have their place and their size")
+    for trial in found["layers"]:
+        said = "sliced equals masked" if trial["agrees"] else "sliced differs from masked"
+        table.add_row(f"layer {trial['layer']}", f"{said}: {trial['difference']:.1e} standard deviations")
     out.print(table)
 
 

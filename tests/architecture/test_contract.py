@@ -1,15 +1,13 @@
 """What holds for every description of a family, on a tiny random model of each and of its variants."""
 
-import copy
 import json
 
 import pytest
 import torch
 from support.edits import edit_keep
-from support.families import FAMILY_CONFIGS
-from support.models import load_dense, tiny_tokenizer
+from support.families import FAMILY_CONFIGS, make_family
+from support.models import load_dense
 from support.pruned import CLOSE, IDS, load_pruned, logits
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from flapcli.architecture.family import families
 from flapcli.architecture.shape import MODULES
@@ -23,20 +21,6 @@ SMALL = ["--nsamples", "8", "--seqlen", "16", "--dtype", "float32"]
 
 def test_every_description_has_a_model():
     assert {kind for kind, _ in FAMILY_CONFIGS.values()} == set(families())
-
-
-def make_family(folder, name):
-    """A random model in which every unit matters, its biases and norms included, and a tokenizer."""
-    torch.manual_seed(0)
-    kind, settings = FAMILY_CONFIGS[name]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            size = 0.3 if parameter.ndim > 1 else 0.1
-            parameter.copy_(torch.randn_like(parameter) * size + (parameter.ndim == 1 and bool((parameter == 1).all())))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=FAMILY_CONFIGS)
@@ -147,7 +131,8 @@ def test_stock_where_even(made, flap):
         edit_keep(one, *((layer, module) for layer in range(3)), keep=kept[module])
     flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned", "--compensate", "none")
     config = json.loads((one / "pruned" / "config.json").read_text())
-    print("STOCK", dense.parent.name, "auto_map" not in config)
+    family = open_checkpoint(str(dense)).family
+    assert ("auto_map" not in config) == ({"head_dim", "intermediate_size"} <= family.sizes.keys())
     expected = masked(dense, one, run / "stats.safetensors", bias=False)
     torch.testing.assert_close(logits(load_pruned(one / "pruned")), logits(expected), **CLOSE)
 

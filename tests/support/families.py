@@ -1,5 +1,11 @@
 """A tiny configuration for every description of a family, and for each of its variants."""
 
+import copy
+
+import torch
+from support.models import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
 SIZES = {
     "vocab_size": 320, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3,
     "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -72,3 +78,17 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "xglm": ("xglm", {"num_layers": 3, "d_model": 48, "ffn_dim": 56, "attention_heads": 6, "vocab_size": 320,
                       "max_position_embeddings": 256}),
 }  # fmt: skip
+
+
+def make_family(folder, name):
+    """A random model in which every unit matters, its biases and norms included, and a tokenizer."""
+    torch.manual_seed(0)
+    kind, settings = FAMILY_CONFIGS[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = 0.3 if parameter.ndim > 1 else 0.1
+            parameter.copy_(torch.randn_like(parameter) * size + (parameter.ndim == 1 and bool((parameter == 1).all())))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
