@@ -85,12 +85,14 @@ class ModelShape(Record):
         Raises UsageError where its layers do not allow it. Heads that share no keys are both.
         """
         groups = {layer.num_key_value_heads for layer in self.layers} - {0}
-        if unit == (self.attention_unit or "kv_group") or (self.query_heads_per_group == 1 and self._is_even):
+        if self.query_heads_per_group == 1 and self._is_even:
             return self
         if unit == "query_head" and len(groups) > 1:
             raise UsageError(f"--attention-unit query_head: the layers of {self.name} have unlike numbers of KV groups")
         if unit == "kv_group" and not self._is_even:
             raise UsageError(f"--attention-unit kv_group: the KV groups of {self.name} have unlike numbers of heads")
+        if unit == (self.attention_unit or "kv_group"):
+            return self
         biases, rows = self._attention_biases(unit), self.unit_rows
         changed = self.model_copy(update={"attention_unit": None if unit == "kv_group" else unit, "unit_rows": None})
         if rows:

@@ -7,7 +7,7 @@ import torch
 from support.edits import edit_keep
 from support.families import FAMILY_CONFIGS, make_family
 from support.models import load_dense
-from support.pruned import CLOSE, IDS, load_pruned, logits
+from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, step_by_step
 
 from flapcli.architecture.family import families
 from flapcli.architecture.shape import MODULES
@@ -34,36 +34,6 @@ def made(request, tmp_path_factory, flap, text_file):
     return dense, run
 
 
-def masked(dense, run, stats=None, bias=True):
-    """A model with the columns of pruned channels zeroed and the paper's bias, which nothing of flap computes."""
-    model, plan = load_pruned(dense), load_plan(run / "plan.yaml")
-    stats, family = load_stats(stats or run / "stats.safetensors"), open_checkpoint(str(dense)).family
-    for i in range(len(plan.layers)):
-        for module in MODULES:
-            projection, mean = model.get_submodule(family.output(i, module)), stats.modules[i, module].mean
-            if not (units := plan.layers[i].module(module).of):
-                continue
-            gone = torch.ones(units, len(mean) // units, dtype=torch.bool)
-            gone[plan.kept(i, module)] = False
-            columns = projection.weight.detach().T if family.transposed else projection.weight.detach()
-            owed = columns[:, gone.flatten()] @ torch.from_numpy(mean)[gone.flatten()] * bias
-            columns[:, gone.flatten()] = 0
-            old = 0 if projection.bias is None else projection.bias.detach()
-            projection.bias = torch.nn.Parameter(old + owed)
-    return model
-
-
-def step_by_step(model, ids):
-    """Logits of the last tokens, each from the cache of those before."""
-    with torch.no_grad():
-        found = model(ids[:, :5], use_cache=True)
-        rows = [found.logits[:, -1]]
-        for place in range(5, ids.shape[1]):
-            found = model(ids[:, place : place + 1], past_key_values=found.past_key_values, use_cache=True)
-            rows.append(found.logits[:, -1])
-    return torch.stack(rows, 1)
-
-
 def padded(model):
     """Logits of a batch of which one text is shorter, padded on the left."""
     mask = torch.ones_like(IDS)
@@ -74,12 +44,12 @@ def padded(model):
 
 def test_sliced_equals_masked(made, flap):
     dense, run = made
-    sliced, expected = load_pruned(run / "pruned"), masked(dense, run)
+    sliced, expected = load_pruned(run / "pruned"), masked_dense(dense, run)
     plan = load_plan(run / "plan.yaml")
     assert len(set(zip(plan.counts("attention"), plan.counts("mlp"), strict=True))) > 1
     assert plan.parameters.kept < 0.75 * plan.parameters.prunable
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
-    torch.testing.assert_close(step_by_step(sliced, IDS), logits(sliced)[:, 4:], **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
     torch.testing.assert_close(padded(sliced), padded(expected), **CLOSE)
     checkpoint = open_checkpoint(str(run / "pruned"))
     added = sum(spec.shape[0] for n, spec in checkpoint.tensors.items() if n not in open_checkpoint(str(dense)).tensors)
@@ -112,9 +82,9 @@ def test_emptied_modules(made, flap):
     flap("plan", "-d", run, "--out", one / "plan.yaml", "--ratio", "0")
     edit_keep(one, (0, "attention"), (1, "mlp"), (2, "attention"))
     flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned")
-    sliced, expected = load_pruned(one / "pruned"), masked(dense, one, run / "stats.safetensors")
+    sliced, expected = load_pruned(one / "pruned"), masked_dense(dense, one, stats=run / "stats.safetensors")
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
-    torch.testing.assert_close(step_by_step(sliced, IDS), logits(sliced)[:, 4:], **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
     checked = load_model(open_checkpoint(one / "pruned"), torch.float32, torch.device("cpu"))
     torch.testing.assert_close(logits(checked), logits(sliced), rtol=1e-6, atol=1e-6)
 
@@ -133,7 +103,7 @@ def test_stock_where_even(made, flap):
     config = json.loads((one / "pruned" / "config.json").read_text())
     family = open_checkpoint(str(dense)).family
     assert ("auto_map" not in config) == ({"head_dim", "intermediate_size"} <= family.sizes.keys())
-    expected = masked(dense, one, run / "stats.safetensors", bias=False)
+    expected = masked_dense(dense, one, False, run / "stats.safetensors")
     torch.testing.assert_close(logits(load_pruned(one / "pruned")), logits(expected), **CLOSE)
 
 
@@ -155,6 +125,24 @@ def test_second_round(made, flap, text_file):
     flap("calibrate", run / "pruned", "-d", again, "--dataset", text_file, *SMALL)
     flap("plan", "-d", again, "--ratio", "0.3")
     flap("apply", "-d", again)
-    sliced, expected = load_pruned(again / "pruned"), masked(run / "pruned", again)
+    sliced, expected = load_pruned(again / "pruned"), masked_dense(run / "pruned", again)
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
-    torch.testing.assert_close(step_by_step(sliced, IDS), logits(sliced)[:, 4:], **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon-rw"])
+def test_slopes_of_kept_heads_in_eager_attention(name, flap, text_file, tmp_path):
+    """ALiBi, padded and not, where attention is spelled out; the contract's other tests run sdpa where there is one."""
+    dense, run = make_family(tmp_path / "dense", name), tmp_path / "run"
+    flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
+    flap("plan", "-d", run, "--ratio", "0.4")
+    edit_keep(run, (0, "attention"), keep="1,4-5")
+    edit_keep(run, (2, "attention"), keep="3")
+    flap("apply", "-d", run)
+    eager = {"attn_implementation": "eager"}
+    sliced, expected = load_pruned(run / "pruned", **eager), masked_dense(dense, run, **eager)
+    kept = next(m["kept_heads"] for m in sliced.config.flap["modules"] if m["kind"] == "attention")
+    assert (kept[0], kept[2]) == ([1, 4, 5], [3])
+    torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
+    torch.testing.assert_close(padded(sliced), padded(expected), **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.edits import edit_keep
 from support.measured import assert_same
-from support.models import CONFIGS, make_tiny, to_bin
+from support.models import FEW, make_tiny, to_bin
 
 from flapcli.artifacts.stats import load_stats
 from flapcli.checkpoints import open_checkpoint
@@ -28,7 +28,7 @@ def both(flap, model, text_file, folder, *more, streamed=()):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", FEW)
 def test_every_family_streams_to_the_same_bits(kind, dtype, tiny, flap, text_file, tmp_path):
     memory, stream = both(flap, tiny(kind), text_file, tmp_path, "--dtype", dtype, "--gram")
     assert_same(stream, memory, gram=True)

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import CONFIGS, make_tiny, to_bin
+from support.models import FEW, make_tiny, to_bin
 
 from flapcli.artifacts.stats import load_stats
 from flapcli.checkpoints import open_checkpoint
 from flapcli.errors import FlapError
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_bin_reads_as_safetensors(kind, shards, tmp_path):
     dense = open_checkpoint(str(make_tiny(tmp_path / "dense", kind)))

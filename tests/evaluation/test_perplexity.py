@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from support.measured import CPU
-from support.models import CONFIGS, load_dense, load_tokenizer
+from support.models import FEW, load_dense, load_tokenizer
 
 from flapcli.checkpoints import open_checkpoint
 from flapcli.evaluation.perplexity import predicted_bytes, window_losses
@@ -97,7 +97,7 @@ def test_hidden_states_in_files_change_nothing(tiny, flap, text_file, tmp_path, 
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["eval.json"]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", FEW)
 def test_logits_are_the_models_own(kind, tiny, texts, monkeypatch):
     """To the bit, also where a family does more after the head than today's: here a scale and a cap."""
     checkpoint, runtime = open_checkpoint(tiny(kind)), Runtime(CPU, torch.float32, 4)

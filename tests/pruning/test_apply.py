@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.edits import edit_keep
-from support.models import CONFIGS, load_dense, make_tiny
+from support.models import FEW, load_dense, make_tiny
 from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense
 from transformers import AutoModelForCausalLM
 
@@ -35,7 +35,7 @@ def test_a_tokenizer_model_alone_is_read(tiny, tmp_path):
     assert tokenizer.decode(tokenizer("the lazy fox").input_ids, skip_special_tokens=True) == "the lazy fox"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=FEW)
 def pruned(request, tiny, prune, tmp_path_factory):
     """Every family pruned by 30%: the dense folder and the run folder."""
     dense = tiny(request.param)
@@ -110,7 +110,7 @@ def test_pruning_nothing_reproduces_the_dense_model(any_tiny, prune, tmp_path):
 
 
 @pytest.mark.parametrize("compensate", ["bias", "none"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", FEW)
 def test_emptied_modules(kind, compensate, tiny, prune, flap, tmp_path):
     """Layers without heads (the first among them, whose cache counts the tokens) and without neurons."""
     run = prune(tiny(kind), tmp_path / "run", "--ratio 0")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.edits import edit_keep
 from support.measured import random_data
-from support.models import CONFIGS, load_dense, load_tokenizer, make_tiny
+from support.models import FEW, load_dense, load_tokenizer, make_tiny
 from support.pruned import load_pruned
 
 from flapcli.architecture.shape import MODULES
@@ -121,7 +121,7 @@ def check_normal_equations(run, dense_model, ids, with_bias):
 
 
 @pytest.mark.parametrize("bias", ["--bias", "--no-bias"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", FEW)
 def test_normal_equations_hold_in_every_module(kind, bias, calibrated, tiny, flap, text_file):
     run = calibrated(kind)
     edit_keep(run, (1, "attention"), (2, "mlp"))

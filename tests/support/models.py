@@ -33,6 +33,8 @@ CONFIGS = {
     "qwen2-window": Qwen2Config(**SIZES, **GQA, use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen3": Qwen3Config(**SIZES, **GQA, head_dim=16),
 }
+# Enough for what every family shares; tests/architecture holds each of them to its contract.
+FEW = ["llama-biases", "mistral-window", "qwen2-tied", "qwen3"]
 
 
 def make_tiny(folder: Path, kind: str, seed: int = 0, shard: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:

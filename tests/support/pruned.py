@@ -3,13 +3,13 @@
 import json
 
 import torch
-from support.models import load_dense
 from transformers import AutoModelForCausalLM
 
 from flapcli.architecture import modeling_flap as modeling
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
+from flapcli.checkpoints import open_checkpoint
 
 IDS = torch.tensor([[5, 17, 200, 31, 7, 99, 250, 3, 64, 12], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -20,28 +20,39 @@ def logits(model, ids=IDS):
         return model(ids).logits
 
 
-def load_pruned(folder):
+def load_pruned(folder, **how):
     """By flap's own class, or by transformers' where the folder is a stock checkpoint."""
     config = json.loads((folder / "config.json").read_text())
     stock = "auto_map" not in config
     loader = AutoModelForCausalLM if stock else getattr(modeling, config["architectures"][0])
-    return loader.from_pretrained(folder, dtype=torch.float32).eval()
+    return loader.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
-def masked_dense(dense_folder, run, bias=True):
-    """The dense model with the columns of pruned channels zeroed and the paper's bias, by transformers alone."""
-    model, plan, stats = load_dense(dense_folder), load_plan(run / "plan.yaml"), load_stats(run / "stats.safetensors")
-    for i, layer in enumerate(model.model.layers):
+def masked_dense(dense_folder, run, bias=True, stats=None, **how):
+    """A model with the columns of pruned channels zeroed and the paper's bias, which nothing of flap computes."""
+    model, plan = load_pruned(dense_folder, **how), load_plan(run / "plan.yaml")
+    stats, family = load_stats(stats or run / "stats.safetensors"), open_checkpoint(str(dense_folder)).family
+    for i in range(len(plan.layers)):
         for module in MODULES:
-            projection = layer.self_attn.o_proj if module == "attention" else layer.mlp.down_proj
-            per_unit = stats.model.channels_per_unit(module)
-            gone = torch.ones(projection.in_features, dtype=torch.bool)
-            for unit in plan.kept(i, module):
-                gone[unit * per_unit : (unit + 1) * per_unit] = False
-            mean = torch.from_numpy(stats.modules[i, module].mean)
-            with torch.no_grad():
-                owed = projection.weight[:, gone] @ mean[gone] if bias else torch.zeros(projection.out_features)
-                old = 0 if projection.bias is None else projection.bias
-                projection.bias = torch.nn.Parameter(old + owed)
-                projection.weight[:, gone] = 0
+            if not (units := plan.layers[i].module(module).of):
+                continue
+            projection, mean = model.get_submodule(family.output(i, module)), stats.modules[i, module].mean
+            gone = torch.ones(units, len(mean) // units, dtype=torch.bool)
+            gone[plan.kept(i, module)] = False
+            columns = projection.weight.detach().T if family.transposed else projection.weight.detach()
+            owed = columns[:, gone.flatten()] @ torch.from_numpy(mean)[gone.flatten()] * bias
+            columns[:, gone.flatten()] = 0
+            old = 0 if projection.bias is None else projection.bias.detach()
+            projection.bias = torch.nn.Parameter(old + owed)
     return model
+
+
+def step_by_step(model, ids=IDS):
+    """Logits of the last tokens, each from the cache of those before."""
+    with torch.no_grad():
+        found = model(ids[:, :5], use_cache=True)
+        rows = [found.logits[:, -1]]
+        for place in range(5, ids.shape[1]):
+            found = model(ids[:, place : place + 1], past_key_values=found.past_key_values, use_cache=True)
+            rows.append(found.logits[:, -1])
+    return torch.stack(rows, 1)
