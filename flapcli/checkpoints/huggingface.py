@@ -41,6 +41,11 @@ WITHOUT_EFFECT = {
     "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
     "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
+# Tokenizers by a tokenizer.json alone, to which their code adds no token.
+PLAIN_TOKENIZERS = (
+    "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+)  # fmt: skip
 SCALED_ROTATION = re.compile(r'"(rope_)?type": "(?!default")')
 
 
@@ -121,6 +126,16 @@ class FolderCheckpoint(Checkpoint):
         if not all(stop is None or type(stop) is int for stop in (stops if isinstance(stops, list) else [stops])):
             raise FlapError(f"{path}: eos_token_id is {stops!r:.60}, where a token's id or a list of them is wanted")
         return found
+
+    @property
+    def may_open_texts(self) -> bool:
+        try:
+            whole, said = (read_json(self.path / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+            added = re.search("SpecialToken|Bert|Roberta", json.dumps(whole.get("post_processor")))
+        except (FlapError, RecursionError):
+            return True
+        plain = said.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in said
+        return bool(added or said.get("add_bos_token") or not plain)
 
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
