@@ -29,7 +29,7 @@ ROOMS = {
     "kept_layers",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
-    "texts": "windows mixture corpus",
+    "texts": "windows mixture corpus opening",
     "execution": "hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
     "unfinished reuse target versions shared_names",

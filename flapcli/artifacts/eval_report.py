@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from flapcli.artifacts.reuse import Kind, load_json, says_format
 from flapcli.storage.atomic import atomic_file
-from flapcli.storage.record import Record
+from flapcli.storage.record import Record, unsaid
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # what no measurement falls short of
 
@@ -25,7 +25,8 @@ class TextDetails(Record):
     """What a perplexity rests on, and its likes that do not depend on the tokenizer.
 
     `standard_error` is the perplexity's, from the spread of the windows' mean losses; `bits_per_byte` is over
-    the UTF-8 bytes of the predicted tokens' text, which are `tokens` in number.
+    the UTF-8 bytes of the predicted tokens' text, which are `tokens` in number. `begins_with` are the special tokens
+    that every window begins with, where the tokenizer has some.
     """
 
     standard_error: float
@@ -33,6 +34,7 @@ class TextDetails(Record):
     windows: int
     tokens: int
     bytes: int
+    begins_with: str | None = unsaid()
 
 
 class Spread(Record):

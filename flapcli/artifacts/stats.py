@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from flapcli.architecture.shape import MODULES, ModelShape, Module
 from flapcli.artifacts.reuse import Kind
 from flapcli.errors import FlapError, problems
-from flapcli.storage.record import Record
+from flapcli.storage.record import Record, unsaid
 from flapcli.storage.safetensors_file import Header, TensorSpec, read_header, read_into
 
 FORMAT: Literal["flap-stats/1"] = "flap-stats/1"
@@ -112,7 +112,7 @@ class Calibration(Record):
 
     `source_sha256` is of the text where it lies on this machine, `windows_sha256` of the token ids that were run,
     int64, `tokenizer_sha256` of the files beside the weights that decide them; None in files that were written before
-    flap kept it.
+    flap kept it. `begins_with` are the special tokens that every window begins with, where the tokenizer has some.
     """
 
     dataset: str
@@ -125,6 +125,7 @@ class Calibration(Record):
     source_sha256: str | None = None
     windows_sha256: str | None = None
     tokenizer_sha256: str | None = None
+    begins_with: str | None = unsaid()
     mode: Literal["in-memory", "streamed"] | None = None
 
 

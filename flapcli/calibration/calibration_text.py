@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from flapcli.execution.ranks import Ranks
 from flapcli.execution.settings import CalibrateOptions
 from flapcli.progress import Advance, Progress
 from flapcli.storage.dtypes import dtype_name
+from flapcli.texts.opening import opening, room_for_text
 from flapcli.texts.windows import mixture_windows
 
 TOKENS_AT_ONCE = 8192  # as many as a batch holds at its end: 64 windows of 128
@@ -66,24 +68,25 @@ def sample_windows(
 
     The same for the same seed on one machine. Window i is drawn by numbers of its own, so how many there are, batches
     and `ranks`, who share the work, change it by no more than rounding does. Raises FlapError where memory does not
-    suffice for a single window.
+    suffice for a single window, UsageError where windows are too short for any text.
     """
     ranks = ranks or Ranks.alone()
     nsamples, seqlen = asked.nsamples, asked.seqlen
     first, numbers = _numbers(tokenizer, nsamples, seqlen, asked.seed)
+    steps = numbers.shape[1]
     batches = Batches(seqlen, model.device, None, progress)
     batches.size = size = max(1, min(TOKENS_AT_ONCE // seqlen, asked.batch_size or TOKENS_AT_ONCE))
     mine = ranks.share(-(-nsamples // size))  # whole batches, so that they are those of a single process
     start, stop = mine.start * size, min(mine.stop * size, nsamples)
     found = np.empty((max(stop - start, 0), seqlen), np.int64)
     model.generation_config = generation.GenerationConfig()  # the checkpoint's may cut the distribution or stop early
-    with torch.inference_mode(), progress.task("sample", found.size - len(found), "tokens") as advance:
+    with torch.inference_mode(), progress.task("sample", len(found) * steps, "tokens") as advance:
 
         def step(part: slice) -> None:
             whole = slice(start + part.start, start + part.stop)
             ids, draw = first[whole].to(model.device), Draw(numbers[whole], advance)
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=seqlen - 1,
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=steps,
                 logits_processor=generation.LogitsProcessorList([draw]),
             )  # fmt: skip
             found[part] = out.cpu().numpy()
@@ -97,11 +100,12 @@ def sample_windows(
 def _numbers(
     tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """First tokens, (nsamples, 1), and the numbers in [0, 1) that decide the others, float64 (nsamples, seqlen - 1)."""
-    draw = random.Random(seed)
+    """First tokens, (nsamples, n), and the numbers in [0, 1) that decide the others, float64 (nsamples, seqlen - n)."""
+    draw, first = random.Random(seed), opening(tokenizer)
+    room_for_text(first, seqlen)
     numbers = torch.tensor([[draw.random() for _ in range(seqlen)] for _ in range(nsamples)], dtype=torch.float64)
-    if tokenizer.bos_token_id in tokenizer("").input_ids:
-        return torch.full((nsamples, 1), tokenizer.bos_token_id), numbers[:, 1:]
+    if first:
+        return torch.tensor([first] * nsamples), numbers[:, len(first) :]
     plain = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
     return plain[(numbers[:, :1] * len(plain)).long()], numbers[:, 1:]
 
@@ -121,22 +125,21 @@ class CalibrationText:
     streamed: bool = False
     model: PreTrainedModel | None = None
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.checkpoint.load_tokenizer()
+
     def windows(self, force: bool, progress: Progress, ranks: Ranks) -> NDArray[np.int64]:
         """All ranks' windows, (nsamples, seqlen), one source after the other in the order named.
 
         The order changes no statistics beyond rounding; this way a source's part is one slice, and the same windows
         as that source alone gives. Raises FlapError where a text can't be had.
         """
-        tokenizer = self.checkpoint.load_tokenizer()
-        windows = mixture_windows(
-            self.options, tokenizer, lambda count: self._own(tokenizer, count, force, progress, ranks)
-        )
+        windows = mixture_windows(self.options, self.tokenizer, lambda count: self._own(count, force, progress, ranks))
         self.checkpoint.refuse_ids(windows)
         return windows
 
-    def _own(
-        self, tokenizer: PreTrainedTokenizerBase, count: int, force: bool, progress: Progress, ranks: Ranks
-    ) -> NDArray[np.int64]:
+    def _own(self, count: int, force: bool, progress: Progress, ranks: Ranks) -> NDArray[np.int64]:
         """The model's own text: what an earlier run sampled, else sampled now by all ranks and written by rank 0."""
         path, options, runtime = path_beside(self.out), self.options, self.runtime
         known = self._known(path, count, force) if ranks.rank == 0 else None
@@ -151,25 +154,26 @@ class CalibrationText:
             )
         self.model = load_model(self.checkpoint, runtime.dtype, runtime.device, self.device_map)
         asked = Sampling(count, options.seqlen, options.seed, runtime.batch_size)
-        windows = sample_windows(self.model, tokenizer, asked, progress, ranks)
+        windows = sample_windows(self.model, self.tokenizer, asked, progress, ranks)
         if ranks.rank == 0:
-            save_selftext(path, self._artifact(tokenizer, windows.tolist()))
+            save_selftext(path, self._artifact(windows.tolist()))
             progress.note(f"{path}: written")
         return windows
 
     def _known(self, path: Path, count: int, force: bool) -> list[list[int]] | None:
         """Tokens of the text at `path` where it is what this would sample; where it can't, one sampled elsewhere is."""
-        found = load_selftext(path)
+        found, first = load_selftext(path), opening(self.tokenizer)
         if found is None or (force and not self.streamed):
             return None
         same = found.is_of(self.checkpoint.shape, count, self.options.seqlen, self.options.seed)
         same &= found.tokenizer_sha256 in (None, self.checkpoint.tokenizer_sha256(chats=False))
+        same &= all(window.tokens[: len(first)] == first for window in found.windows)
         sampled_by = (found.model, found.dtype)
         ours = self.streamed or sampled_by == (self.checkpoint.name, dtype_name(self.runtime.dtype))
         return found.array.tolist() if same and ours else None
 
-    def _artifact(self, tokenizer: PreTrainedTokenizerBase, tokens: list[list[int]]) -> SelfText:
-        texts = tokenizer.batch_decode(tokens)
+    def _artifact(self, tokens: list[list[int]]) -> SelfText:
+        texts = self.tokenizer.batch_decode(tokens)
         return SelfText(
             model=self.checkpoint.name,
             revision=self.checkpoint.hub.revision,

@@ -15,14 +15,16 @@ def gate_gradients(x: torch.Tensor, gradient: torch.Tensor, channels: int) -> to
 
 
 def loss_gradient(
-    head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, ids: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, ids: torch.Tensor, start: int = 1
 ) -> torch.Tensor:
     """dL/d(states) for what the head makes logits of, (batch, seqlen, hidden), and token ids (batch, seqlen).
 
-    The loss is float32 whatever the model runs in. A window's last position predicts nothing: zeros there.
+    Of the tokens from `start` on; the loss is float32 whatever the model runs in. Positions that predict none of these,
+    as the last of a window, have zeros.
     """
-    rows = states[:, :-1].flatten(0, 1).detach()
-    targets = ids[:, 1:].flatten()
+    predicting = slice(start - 1, -1)
+    rows = states[:, predicting].flatten(0, 1).detach()
+    targets = ids[:, start:].flatten()
     parts = []
     for part, target in zip(rows.split(TOKENS), targets.split(TOKENS), strict=True):
         with torch.enable_grad():
@@ -31,7 +33,7 @@ def loss_gradient(
             loss = cross_entropy(logits, target.to(logits.device), reduction="sum")
         parts += torch.autograd.grad(loss, leaf)
     gradient = torch.zeros_like(states)
-    gradient[:, :-1] = torch.cat(parts).view_as(gradient[:, :-1])
+    gradient[:, predicting] = torch.cat(parts).view_as(gradient[:, predicting])
     return gradient
 
 

@@ -50,7 +50,7 @@ def measure(work: Workload) -> Iterator[LayerStats]:
         ids = torch.from_numpy(windows[part]).to(device)
         states = decoder(input_ids=ids, use_cache=False)[0]
         if work.fisher:
-            states.backward(loss_gradient(head, states, ids))
+            states.backward(loss_gradient(head, states, ids, work.start))
         recorder.commit()
         work.ranks.check()
 

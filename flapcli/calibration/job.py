@@ -29,6 +29,7 @@ from flapcli.storage.atomic import explain, move_file, require_space, require_wr
 from flapcli.storage.dtypes import dtype_name
 from flapcli.storage.resume import Resume, discard_all, key_of
 from flapcli.storage.sizes import parse_size
+from flapcli.texts.opening import first_predicted, opening_text
 from flapcli.texts.windows import windows_sha256
 
 
@@ -52,14 +53,14 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
     text = CalibrationText(request.out, checkpoint, options, runtime, execution.device_map, streamed)
     windows = text.windows(force, progress, ranks)
     refuse_unlike_ranks(ranks, checkpoint, windows, runtime.dtype)
-    header = _header(request, windows, runtime, streamed)
+    header = _header(request, windows, opening_text(text.tokenizer), runtime, streamed)
     facts = {"header": header.model_dump(mode="json"), "device": runtime.device.type, "rank": [ranks.rank, ranks.size]}
     resume = Resume(request.out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size)
     if force:
         resume.discard()
     work = Workload(
         checkpoint, windows[ranks.share(len(windows))], runtime, options.gram, options.fisher,
-        progress, ranks, resume, execution.device_map, text.model,
+        progress, ranks, resume, execution.device_map, text.model, first_predicted(text.tokenizer),
     )  # fmt: skip
     try:
         _run(request, header, work, resume)
@@ -73,7 +74,9 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
     return header
 
 
-def _header(request: CalibrationRequest, windows: NDArray[np.int64], runtime: Runtime, streamed: bool) -> StatsHeader:
+def _header(
+    request: CalibrationRequest, windows: NDArray[np.int64], begins_with: str | None, runtime: Runtime, streamed: bool
+) -> StatsHeader:
     options = request.options
     calibration = Calibration(
         dataset=str(options.dataset),
@@ -86,6 +89,7 @@ def _header(request: CalibrationRequest, windows: NDArray[np.int64], runtime: Ru
         source_sha256=request.text_sha256,
         windows_sha256=windows_sha256(windows),
         tokenizer_sha256=request.tokenizer_sha256,
+        begins_with=begins_with,
         mode="streamed" if streamed else "in-memory",
     )
     shape = request.checkpoint.shape

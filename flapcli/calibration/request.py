@@ -9,6 +9,7 @@ from flapcli.artifacts.stats import StatsHeader
 from flapcli.checkpoints import Checkpoint
 from flapcli.execution.settings import CalibrateOptions, Execution
 from flapcli.texts.mixture import Mixture
+from flapcli.texts.opening import opens_as
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,5 @@ class CalibrationRequest:
         text = found.calibration
         same_text = text.source_sha256 == self.text_sha256 and text.tokenizer_sha256 in (None, self.tokenizer_sha256)
         same_unit = model.attention_unit == checkpoint.shape.attention_unit
-        return same_model and recorded == asked and same_text and same_unit
+        same = same_model and recorded == asked and same_text and same_unit
+        return same and opens_as(checkpoint, text.begins_with)

@@ -173,7 +173,7 @@ class BackwardPass(LayerWalk):
 
         def step(part: slice, logits: Forward) -> None:
             states, ids = self.hidden.read(part).to(device), self.layerwise.tokens(part).to(device)
-            self.gradient.write(part, loss_gradient(logits, states, ids))
+            self.gradient.write(part, loss_gradient(logits, states, ids, self.work.start))
 
         self.layerwise.head(step, self._check)
         self.gradient.save(self.num_layers)

@@ -19,7 +19,7 @@ class Workload:
 
     `gram`: Gram matrices; `fisher`: Fisher information of units, by a backward pass through the activations.
     `resume` None: nothing is saved on the way. `model` is the checkpoint's where it is in memory already, `device_map`
-    how it is spread over devices where it is not.
+    how it is spread over devices where it is not. `start` is the place of a window's first token that is predicted.
     """
 
     checkpoint: Checkpoint
@@ -32,3 +32,4 @@ class Workload:
     resume: Resume | None = None
     device_map: str | None = None
     model: PreTrainedModel | None = None
+    start: int = 1

@@ -87,6 +87,11 @@ class Checkpoint(ABC):
     def generation(self) -> dict[str, Any]:
         """generation_config.json, empty where there is none. Raises FlapError for a broken one."""
 
+    @property
+    @abstractmethod
+    def may_open_texts(self) -> bool:
+        """Whether its tokenizer may put tokens before a text: only loading it tells, unless its files rule it out."""
+
     @abstractmethod
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase": ...
 

@@ -146,6 +146,10 @@ class GgufCheckpoint(Checkpoint):
     def generation(self) -> dict[str, Any]:
         return {}
 
+    @property
+    def may_open_texts(self) -> bool:
+        return self.header.metadata.get("tokenizer.ggml.add_bos_token") is not False
+
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         if "tokenizer.ggml.model" not in self.header.metadata:
             raise FlapError("the file holds none: give one that was converted with its vocabulary")

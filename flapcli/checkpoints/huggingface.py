@@ -22,13 +22,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CARD_START = 1 << 20  # characters of a README.md in which its licence is looked for
-# What of config.json decides the function that the weights compute.
-ARCHITECTURE_KEYS = [
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
-    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "attention_bias",
-    "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-]  # fmt: skip
+# Keys of config.json that change nothing of what the weights compute: who wrote and loads it, training, which tokens
+# mean what, what is given back, and settings of generation that old files hold. All others may, known or not.
+WITHOUT_EFFECT = {
+    "_attn_implementation", "_attn_implementation_autoset", "_model_name_or_path", "_name_or_path", "architectures",
+    "attn_implementation", "auto_map", "dtype", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "aux_loss_alpha", "gradient_checkpointing", "init_std", "initializer_range", "initializer_std",
+    "input_jitter_noise", "output_router_logits", "pretraining_tp", "router_aux_loss_coef", "router_jitter_noise",
+    "router_z_loss_coef", "attn_pdrop", "embd_pdrop", "layerdrop", "resid_pdrop",
+    "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
+    "chunk_size_feed_forward", "finetuning_task", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
+    "num_labels", "output_attentions", "output_hidden_states", "prefix", "problem_type", "return_dict",
+    "task_specific_params",
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+}  # fmt: skip
+# Tokenizers by a tokenizer.json alone, to which their code adds no token.
+PLAIN_TOKENIZERS = (
+    "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+)  # fmt: skip
+SCALED_ROTATION = re.compile(r'"(rope_)?type": "(?!default")')
 
 
 class FolderCheckpoint(Checkpoint):
@@ -51,11 +69,13 @@ class FolderCheckpoint(Checkpoint):
         return [self.path / file for file in named]
 
     def _architecture_digest(self) -> "hashlib._Hash":
-        """A SHA-256 fed with the architecture's fields of config.json; what tells the weights is to be added."""
-        fields = {key: self.config[key] for key in ARCHITECTURE_KEYS if key in self.config}
+        """A SHA-256 fed with what of config.json may matter; what tells the weights is to be added."""
         # Pruned folders of equal sizes differ by the plan that they were made by, which stands under `flap`.
-        fields["flap"] = self.config.get("flap")
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        flap = {"flap": self.config.get("flap")}
+        try:
+            return hashlib.sha256(json.dumps(_with_effect(self.config) | flap, sort_keys=True).encode())
+        except RecursionError as error:
+            raise FlapError(f"{self.name}: its config.json is nested too deeply") from error
 
     @property
     @abstractmethod
@@ -107,6 +127,16 @@ class FolderCheckpoint(Checkpoint):
             raise FlapError(f"{path}: eos_token_id is {stops!r:.60}, where a token's id or a list of them is wanted")
         return found
 
+    @property
+    def may_open_texts(self) -> bool:
+        try:
+            whole, said = (read_json(self.path / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+            added = re.search("SpecialToken|Bert|Roberta", json.dumps(whole.get("post_processor")))
+        except (FlapError, RecursionError):
+            return True
+        plain = said.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in said
+        return bool(added or said.get("add_bos_token") or not plain)
+
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
@@ -119,6 +149,16 @@ class FolderCheckpoint(Checkpoint):
             return AutoConfig.from_pretrained(self.path)
         except Exception as error:  # each field has a check of its own
             raise FlapError(f"{self.name}: transformers can't read its config.json: {first_line(error)}") from error
+
+
+def _with_effect(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration, and of those within it, may change what the weights compute."""
+    left = {key for key in config if key in WITHOUT_EFFECT or "dropout" in key}
+    # Else it is how far a table of positions goes, whose size the tensors have, or how long a text may be.
+    if not SCALED_ROTATION.search(json.dumps([config.get("rope_parameters"), config.get("rope_scaling")])):
+        left.add("max_position_embeddings")
+    inner = {key for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
+    return {key: _with_effect(value) if key in inner else value for key, value in config.items() if key not in left}
 
 
 class SafetensorsCheckpoint(FolderCheckpoint):

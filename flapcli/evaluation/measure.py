@@ -13,6 +13,7 @@ from flapcli.execution.memory import Demand, give_back, should_stream
 from flapcli.execution.settings import EvalOptions
 from flapcli.progress import Progress
 from flapcli.texts.corpus import evaluation_windows
+from flapcli.texts.opening import first_predicted
 
 if TYPE_CHECKING:
     from flapcli.evaluation.tasks import Tasks
@@ -47,12 +48,13 @@ def measure_model(
     if streamed and tasks:
         raise FlapError(f"{checkpoint.name}: tasks need the whole model in memory: leave out --tasks or --stream")
     model = None if streamed else load_model(checkpoint, runtime.dtype, runtime.device)
+    start = first_predicted(tokenizer)
     for text, tokens in windows.items():
         name = f"{label} on {text}"
         if model is None:
-            losses = streamed_losses(checkpoint, tokens, runtime, progress, name)
+            losses = streamed_losses(checkpoint, tokens, runtime, progress, name, start=start)
         else:
-            losses = window_losses(model, tokens, runtime.batch_size, progress, name)
+            losses = window_losses(model, tokens, runtime.batch_size, progress, name, start=start)
         found.perplexity_details[text] = details(losses, tokens, tokenizer)
         found.perplexity[text] = exp_mean(losses, name)
     if tasks and model is not None:

@@ -20,6 +20,7 @@ from flapcli.execution.memory import stay_in_memory
 from flapcli.progress import Progress
 from flapcli.storage.atomic import explain, require_space
 from flapcli.storage.resume import Resume
+from flapcli.texts.opening import first_predicted, opening, opening_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +32,9 @@ def window_losses(
     batch_size: int | None,
     progress: Progress,
     description: str = "perplexity",
+    start: int = 1,
 ) -> NDArray[np.float64]:
-    """Mean cross entropy of each of (n, seqlen) windows, (n,), in nats per predicted token: seqlen - 1 a window.
+    """Mean cross entropy of each of (n, seqlen) windows, (n,), in nats per predicted token: those from `start` on.
 
     Every window is read on its own. Cross entropy in float32, summed in float64. Raises FlapError where it is
     not finite.
@@ -41,16 +43,21 @@ def window_losses(
 
     def step(part: slice) -> None:
         ids = torch.from_numpy(windows[part]).to(model.device)
-        sums[part] = loss_sums(model(input_ids=ids, use_cache=False).logits, ids)
+        sums[part] = loss_sums(model(input_ids=ids, use_cache=False).logits, ids, start)
 
     batches = Batches(windows.shape[1], model.device, batch_size, progress, instead=STREAM)
     with torch.inference_mode(), progress.task(description, windows.size, "tokens") as advance:
         batches.run(len(windows), step, advance)
-    return mean_losses(sums, windows, description)
+    return mean_losses(sums, windows.shape[1] - start, description)
 
 
 def streamed_losses(
-    checkpoint: Checkpoint, windows: NDArray[np.int64], runtime: Runtime, progress: Progress, description: str
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    runtime: Runtime,
+    progress: Progress,
+    description: str,
+    start: int = 1,
 ) -> NDArray[np.float64]:
     """What `window_losses` returns, with one layer's weights in memory at a time, then the head's.
 
@@ -69,7 +76,7 @@ def streamed_losses(
         hidden.write(part, forward(hidden.read(part)))
 
     def read(part: slice, logits: Forward) -> None:
-        sums[part] = loss_sums(logits(hidden.read(part)), layerwise.tokens(part).to(device))
+        sums[part] = loss_sums(logits(hidden.read(part)), layerwise.tokens(part).to(device), start)
 
     total = windows.size * (num_layers + 2)
     try:
@@ -84,24 +91,25 @@ def streamed_losses(
         raise explain(error, files.folder) from error
     finally:
         files.discard()
-    return mean_losses(sums, windows, description)
+    return mean_losses(sums, windows.shape[1] - start, description)
 
 
-def loss_sums(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
+def loss_sums(logits: torch.Tensor, ids: torch.Tensor, start: int) -> list[float]:
     """Summed cross entropy of each window of a batch; `logits` (batch, seqlen, vocab_size), `ids` (batch, seqlen).
 
-    Window by window: a float32 copy of all logits would be the largest tensor of the run. Numbers and not tensors,
-    which would lie between the large ones that are freed, and which not every device has in float64.
+    Of the tokens from `start` on. Window by window: a float32 copy of all logits would be the largest tensor of the
+    run. Numbers and not tensors, which would lie between the large ones that are freed, and which not every device has
+    in float64.
     """
     return [
-        float(cross_entropy(row[:-1].float(), tokens[1:], reduction="sum"))
+        float(cross_entropy(row[start - 1 : -1].float(), tokens[start:], reduction="sum"))
         for row, tokens in zip(logits, ids, strict=True)
     ]
 
 
-def mean_losses(sums: NDArray[np.float64], windows: NDArray[np.int64], description: str) -> NDArray[np.float64]:
-    """Mean loss of each window from its sum. Raises FlapError where one is not finite."""
-    means = sums / (windows.shape[1] - 1)
+def mean_losses(sums: NDArray[np.float64], predicted: int, description: str) -> NDArray[np.float64]:
+    """Mean loss of each window from its sum over so many tokens. Raises FlapError where one is not finite."""
+    means = sums / predicted
     if not np.isfinite(means).all():
         raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
     return means
@@ -123,7 +131,7 @@ def details(
 
     METHOD.md, Perplexity says what they are; the standard error of one window is 0.
     """
-    count, predicted = len(losses), windows.shape[1] - 1
+    count, predicted = len(losses), windows.shape[1] - first_predicted(tokenizer)
     error = losses.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
     size = predicted_bytes(windows, tokenizer)
     return TextDetails(
@@ -132,15 +140,19 @@ def details(
         windows=count,
         tokens=windows.shape[0] * predicted,
         bytes=size,
+        begins_with=opening_text(tokenizer),
     )
 
 
 def predicted_bytes(windows: NDArray[np.int64], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """UTF-8 bytes of the windows' text without each first token's, which nothing predicts.
+    """UTF-8 bytes of the windows' text without each first token's, which nothing predicts, where windows begin with it.
 
     A character that a window's edge cuts in two decodes to a replacement character of three bytes: at most
     two bytes too many an edge.
     """
+    if before := len(opening(tokenizer)):
+        # In their place any token: decoders may drop the space that a text begins with.
+        windows = np.concatenate([windows[:, -1:], windows[:, before:]], axis=1)
     first, whole = (
         tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids in (windows[:, :1], windows)

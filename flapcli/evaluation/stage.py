@@ -23,6 +23,7 @@ from flapcli.progress import Progress, Silent
 from flapcli.storage.atomic import require_writable
 from flapcli.texts.corpus import NAMED, check_source, default_text, may_hold_chats, source_sha256
 from flapcli.texts.mixture import SELF, Mixture
+from flapcli.texts.opening import opens_as
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -57,7 +58,8 @@ def evaluate(
     dense = dense_of(checkpoint.made_by, model, hub) if options.baseline else None
     models = {"pruned": checkpoint, "dense": dense} if dense else {"model": checkpoint}
     settings = _settings(options, models, execution.device)
-    begun = found if found and not force and _tokenizers_of(settings) | found.settings == settings else None
+    same = found is not None and not force and _tokenizers_of(settings) | found.settings == settings
+    begun = found if found and same and _opens_as_measured(models, found) else None
     if begun and begun.is_whole:
         _renew_card(checkpoint, checkpoint_name, begun, progress)  # which a full disk or a kill may have prevented
         return begun, True
@@ -134,6 +136,15 @@ def _settings(options: EvalOptions, models: dict[str, Checkpoint], device: str) 
 def _tokenizers_of(settings: dict[str, Any]) -> dict[str, Any]:
     """What a report that does not say its tokenizers, of an older version, is taken to be of."""
     return {"tokenizers": settings["tokenizers"]}
+
+
+def _opens_as_measured(models: dict[str, Checkpoint], found: EvalReport) -> bool:
+    """Whether each model's windows begin as those that `found` was measured on."""
+    for checkpoint, there in zip(models.values(), (found, found.baseline), strict=False):
+        details = [there.perplexity_details.get(text) for text in there.perplexity] if there else []
+        if not opens_as(checkpoint, *(text.begins_with if text else None for text in details)):
+            return False
+    return True
 
 
 def known_tasks(options: EvalOptions, found: EvalReport | None) -> "TaskManager | None":

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from flapcli.texts.opening import opening
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +29,7 @@ def modelfile(file_name: str, tokenizer: "PreTrainedTokenizerBase", stop_ids: li
 
 def _renderer(tokenizer: "PreTrainedTokenizerBase") -> Callable[[Messages], str | None]:
     """The chat template applied, without the BOS that llama.cpp adds itself; None for what it refuses."""
-    adds_bos = bool(tokenizer.bos_token) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    adds_bos = tokenizer.bos_token_id in opening(tokenizer)
 
     def render(messages: Messages) -> str | None:
         try:

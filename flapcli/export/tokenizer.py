@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gguf import GGUFReader, GGUFValueType, Keys, TokenType
 
 from flapcli.errors import FlapError
+from flapcli.texts.opening import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,10 +139,9 @@ def _specials(tokenizer: "PreTrainedTokenizerBase") -> list[Field]:
     """Special tokens, which of them the tokenizer adds by itself, and the chat template."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIALS}
     fields = [Field(SPECIALS[name], i, GGUFValueType.UINT32) for name, i in ids.items() if i is not None]
-    sample = tokenizer("a").input_ids
     fields += [
-        Field(Keys.Tokenizer.ADD_BOS, sample[0] == ids["bos"], GGUFValueType.BOOL),
-        Field(Keys.Tokenizer.ADD_EOS, sample[-1] == ids["eos"], GGUFValueType.BOOL),
+        Field(Keys.Tokenizer.ADD_BOS, ids["bos"] in opening(tokenizer), GGUFValueType.BOOL),
+        Field(Keys.Tokenizer.ADD_EOS, tokenizer("a").input_ids[-1] == ids["eos"], GGUFValueType.BOOL),
     ]
     template = tokenizer.chat_template
     if isinstance(template, dict):

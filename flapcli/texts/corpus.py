@@ -17,6 +17,7 @@ from flapcli.checkpoints import DEMO
 from flapcli.checkpoints.hub_errors import why
 from flapcli.errors import FlapError, UsageError, first_line
 from flapcli.storage.hashing import sha256
+from flapcli.texts.opening import opening, room_for_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,37 +93,46 @@ def calibration_windows(
 ) -> Windows:
     """`nsamples` random windows of `seqlen` tokens, (nsamples, seqlen), drawn by `seed` as the authors do.
 
-    Raises FlapError where the text can't be had or is too short for a single window.
+    Each begins with what the tokenizer puts before every text. Raises FlapError where the text can't be had or is too
+    short for a single window, UsageError where windows are too short for any text.
     """
-    draw = random.Random(seed)
+    draw, first = random.Random(seed), opening(tokenizer)
+    length = room_for_text(first, seqlen)
     if source == "c4":
-        return _windows_of_documents(tokenizer, nsamples, seqlen, draw)
+        return _opened(_parts_of_documents(tokenizer, nsamples, length, draw), first)
     ids = tokens_of(source, tokenizer, "train", column)
-    last = len(ids) - seqlen - 1
+    last = len(ids) - length - 1
     if last < 0:
         raise FlapError(
-            f"{source}: too little text: {len(ids)} tokens, drawing a window takes {seqlen + 1}; lower --seqlen"
+            f"{source}: too little text: {len(ids)} tokens, drawing a window takes {length + 1}; lower --seqlen"
         )
     starts = [draw.randint(0, last) for _ in range(nsamples)]
-    return np.stack([ids[start : start + seqlen] for start in starts])
+    return _opened(np.stack([ids[start : start + length] for start in starts]), first)
 
 
 def evaluation_windows(source: str, tokenizer: "PreTrainedTokenizerBase", seqlen: int, column: str = "text") -> Windows:
     """The text's test windows (METHOD.md, Perplexity) in order, without overlap, (n, seqlen); a file is read whole.
 
-    Raises FlapError where the text can't be had or is shorter than one window.
+    Raises as `calibration_windows`.
     """
+    first = opening(tokenizer)
+    length = room_for_text(first, seqlen)
     ids = tokens_of(source, tokenizer, "test", column)
-    count = len(ids) // seqlen
+    count = len(ids) // length
     if count == 0:
         raise FlapError(
-            f"{source}: too little text for perplexity: {len(ids)} tokens, a window takes {seqlen}; lower --seqlen"
+            f"{source}: too little text for perplexity: {len(ids)} tokens, a window takes {length}; lower --seqlen"
         )
-    return ids[: count * seqlen].reshape(count, seqlen)[: TEST_WINDOWS.get(source)]
+    return _opened(ids[: count * length].reshape(count, length)[: TEST_WINDOWS.get(source)], first)
+
+
+def _opened(texts: Windows, first: list[int]) -> Windows:
+    """Parts of a text, (n, length), as windows that begin with the tokens `first`."""
+    return np.concatenate([np.tile(np.asarray(first, np.int64), (len(texts), 1)), texts], axis=1)
 
 
 def tokens_of(source: str, tokenizer: "PreTrainedTokenizerBase", split: Split, column: str) -> NDArray[np.int64]:
-    """Token ids of a whole text, with the special tokens that the tokenizer adds by itself."""
+    """Token ids of a whole text, without what the tokenizer puts before it, which windows begin with."""
     if source == "pydoc":
         ids = _encode(tokenizer, _pydoc())
         cut = int(PYDOC_TRAIN_SHARE * len(ids))
@@ -135,7 +145,10 @@ def tokens_of(source: str, tokenizer: "PreTrainedTokenizerBase", split: Split, c
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> NDArray[np.int64]:
-    return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
+    ids, first = tokenizer(text).input_ids, opening(tokenizer)
+    while first and ids[: len(first)] == first:  # a chat template may have written it too
+        ids = ids[len(first) :]
+    return np.asarray(ids, dtype=np.int64)
 
 
 @cache
@@ -146,22 +159,20 @@ def _pydoc() -> str:
     return "\n\n".join(topics.values())
 
 
-def _windows_of_documents(
-    tokenizer: "PreTrainedTokenizerBase", nsamples: int, seqlen: int, draw: random.Random
-) -> Windows:
-    """c4 as the authors draw it: a random document that is long enough, then a random window of it."""
+def _parts_of_documents(tokenizer: "PreTrainedTokenizerBase", count: int, length: int, draw: random.Random) -> Windows:
+    """c4 as the authors draw it: a random document that is long enough, then a random part of it; (count, length)."""
     rows = _hub_rows("c4", "train")
-    windows: list[NDArray[np.int64]] = []
+    parts: list[NDArray[np.int64]] = []
     tries = 0
-    while len(windows) < nsamples:
+    while len(parts) < count:
         ids = _encode(tokenizer, rows[draw.randint(0, len(rows) - 1)])
         tries += 1
-        if len(ids) > seqlen:
-            start = draw.randint(0, len(ids) - seqlen - 1)
-            windows.append(ids[start : start + seqlen])
-        elif tries > 1000 * (len(windows) + 1):
-            raise FlapError(f"c4: too little text: hardly a document has {seqlen + 1} tokens; lower --seqlen")
-    return np.stack(windows)
+        if len(ids) > length:
+            start = draw.randint(0, len(ids) - length - 1)
+            parts.append(ids[start : start + length])
+        elif tries > 1000 * (len(parts) + 1):
+            raise FlapError(f"c4: too little text: hardly a document has {length + 1} tokens; lower --seqlen")
+    return np.stack(parts)
 
 
 def _hub_rows(name: str, split: Split) -> Sequence[str]:

@@ -15,6 +15,7 @@ from flapcli.errors import FlapError, UsageError
 from flapcli.execution.settings import CalibrateOptions
 from flapcli.texts.corpus import calibration_windows
 from flapcli.texts.mixture import SELF, Mixture
+from flapcli.texts.opening import opening_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,13 @@ def windows_of_stats(stats: StatsHeader, path: Path, checkpoint: Checkpoint) -> 
             )
         return found.array
 
-    windows = mixture_windows(text, checkpoint.load_tokenizer(), own)
+    tokenizer = checkpoint.load_tokenizer()
+    if (begins_with := opening_text(tokenizer)) != text.begins_with:
+        raise FlapError(
+            f"the windows of {path} begin with {text.begins_with or 'text'}, those of {checkpoint.name} with "
+            f"{begins_with or 'text'}: run `flap calibrate --force` and `flap plan` again"
+        )
+    windows = mixture_windows(text, tokenizer, own)
     checkpoint.refuse_ids(windows)
     if text.windows_sha256 not in (None, windows_sha256(windows)):
         raise another

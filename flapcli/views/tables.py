@@ -34,6 +34,8 @@ def show_stats(header: StatsHeader) -> None:
     table.add_row("MLP", f"{model.intermediate_size} neurons")
     windows = f"{run.nsamples} windows of {run.seqlen}, {run.tokens:,} tokens, seed {run.seed}"
     table.add_row("text", f"{run.dataset}: {windows}")
+    if run.begins_with:
+        table.add_row("each window", f"begins with {run.begins_with}")
     table.add_row("ran in", run.dtype + (f", {run.mode}" if run.mode else ""))
     asked = header.settings
     beside = [f"Gram matrices ({asked.get('gram_dtype', 'float32')})"] if asked.get("gram") else []

@@ -3,10 +3,10 @@
     pip download --no-deps gensim
     python tests/benchmarks/quality.py --news gensim-*.whl --dir /tmp/quality
 
-SmolLM2-135M-Instruct as it is (gqa) and with K and V repeated to 9 heads (mha), calibrated on pydoc (`best`: as its
-preset says), bfloat16. Perplexity on pydoc's test windows and on Australian news (the Lee corpus in gensim's wheel).
-Rows that are in DIR/rows.jsonl are not measured again, so an interrupted run goes on. Hours on 2 cores with 1024
-windows; `--nsamples 128` does a part.
+SmolLM2-135M-Instruct as it is (gqa) and with K and V repeated to 9 heads (mha), with `--models gemma` Gemma-3-270m
+(tests/support/gemma.py), calibrated on pydoc (`best`: as its preset says), bfloat16. Perplexity on pydoc's test windows
+and on Australian news (the Lee corpus in gensim's wheel). Rows that are in DIR/rows.jsonl are not measured again, so an
+interrupted run goes on. Hours on 2 cores with 1024 windows; `--nsamples 128` does a part.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from paper import flap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.gemma import gemma_folder
 from support.models import expand_to_mha
 
 from flapcli.artifacts.eval_report import load_report
@@ -102,9 +103,11 @@ class Rows:
 
 
 def model_of(kind: str, folder: Path) -> str:
-    """The demo as it is, or its copy with K and V repeated, made once."""
+    """The demo as it is, its copy with K and V repeated, or Gemma, each made once."""
     if kind == "gqa":
         return "demo"
+    if kind == "gemma":
+        return str(gemma_folder())
     expanded = folder / "mha"
     return str(expanded if expanded.exists() else expand_to_mha(expanded))
 

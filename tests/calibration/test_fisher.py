@@ -16,6 +16,7 @@ from support.models import load_dense
 
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.stats import load_stats
+from flapcli.calibration.fisher import loss_gradient
 from flapcli.checkpoints import open_checkpoint
 from flapcli.progress import Silent
 
@@ -53,6 +54,18 @@ def test_fisher_equals_gates_by_autograd(any_tiny, text_file):
         assert values.min() > 0
         np.testing.assert_allclose(measured.fisher[key], values, rtol=1e-3, atol=1e-5 * values.max())
         assert measured.fisher[key].dtype == np.float32
+
+
+@pytest.mark.parametrize("start", [1, 2])
+def test_only_tokens_of_text_have_a_loss(start):
+    torch.manual_seed(0)
+    head, ids = torch.nn.Linear(6, 20), torch.randint(20, (3, 9))
+    states = torch.randn(3, 9, 6, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(
+        head(states)[:, start - 1 : -1].flatten(0, 1), ids[:, start:].flatten(), reduction="sum"
+    )
+    expected = torch.autograd.grad(loss, states)[0]
+    torch.testing.assert_close(loss_gradient(head, states.detach(), ids, start), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,29 +7,18 @@ import numpy as np
 import pytest
 import torch
 from support.models import load_dense, load_tokenizer
+from support.tokenizers_like import BOS, opening_with
 
 from flapcli.artifacts.stats import load_stats
 from flapcli.calibration.calibration_text import Sampling, sample_windows
 from flapcli.progress import Silent
 
-BOS, EOS = 1, 2
+EOS = 2
 
 
 def sample(folder, nsamples, seqlen, seed=0, batch_size=None, tokenizer=None):
     tokenizer = tokenizer or load_tokenizer(folder)
     return sample_windows(load_dense(folder), tokenizer, Sampling(nsamples, seqlen, seed, batch_size), Silent())
-
-
-def bos_adding(folder):
-    """The tiny tokenizer as Llama's are: BOS before every text."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = load_tokenizer(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
-    )
-    assert tokenizer("").input_ids == [BOS]
-    return tokenizer
 
 
 def chi_square_fits(counts, expected):
@@ -44,7 +33,7 @@ def chi_square_fits(counts, expected):
 
 def test_the_second_token_follows_the_softmax_of_the_first(tiny):
     folder, count = tiny("llama-gqa"), 4000
-    windows = sample(folder, count, 2, tokenizer=bos_adding(folder))
+    windows = sample(folder, count, 2, tokenizer=opening_with("<s> $A", load_tokenizer(folder)))
     assert set(windows[:, 0]) == {BOS}
     with torch.no_grad():
         logits = load_dense(folder)(torch.tensor([[BOS]])).logits[0, -1]

@@ -5,11 +5,13 @@ import tempfile
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 import flapcli.export
 
 VOCABULARY = 900
+BOS = 1  # of the tiny models' tokenizer, whose <pad> is 0 and </s> 2
 PRE = {
     row["pre"]: row
     for row in json.loads((Path(flapcli.export.__file__).parent / "pretokenizers.json").read_text(encoding="utf-8"))
@@ -61,3 +63,12 @@ def sentencepiece_like(text: str) -> LlamaTokenizer:
         if piece[:cut] in pieces and piece[cut:] in pieces and not piece.startswith("<0x")
     ]
     return LlamaTokenizer(vocab=pieces, merges=merges)
+
+
+def opening_with(template: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with special tokens around every text, such as `<s> $A`, as Llama's and Gemma's have."""
+    specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in template.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, pair=f"{template} $B", special_tokens=specials
+    )
+    return tokenizer
