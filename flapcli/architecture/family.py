@@ -34,7 +34,8 @@ class ModuleDescription(Record):
 
     `output` is the projection whose input's columns are the module's channels, head by head or neuron by neuron.
     `producers` are the projections that make them, `unit_tensors` (by full names) other tensors whose first axis
-    follows heads or neurons: each maps to which rows belong to what (`architecture.rows`). `attributes` of submodules
+    follows heads or neurons: each maps to which rows belong to what (`architecture.rows`). `inputs` are the widths of
+    what producers read where that is not the residual stream, as expressions. `attributes` of submodules
     must follow a layer's sizes, as expressions of them; one of a configuration that a submodule reads is named with
     `config`, such as `self_attn.config.num_attention_heads`. `head_arguments` are arguments of attention with an entry
     for each head: their axis, on which batch and heads may lie together. `adds_residual`: attention adds the residual
@@ -44,6 +45,7 @@ class ModuleDescription(Record):
     output: str
     producers: dict[str, Symbols]
     unit_tensors: dict[str, Symbols]
+    inputs: dict[str, str]
     attributes: dict[str, str]
     head_arguments: dict[str, int]
     adds_residual: bool
@@ -196,10 +198,10 @@ def families() -> dict[str, Family]:
 
 @cache
 def _description(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A file of families/, over that of the family that it is `like`, and its variants."""
+    """A file of families/, over that of the family that it is `like`, and its variants, or else that one's."""
     own = json.loads((FAMILIES / f"{name}.json").read_bytes())
-    base = _description(own.pop("like"))[0] if "like" in own else {}
-    variants = own.pop("variants", [])
+    base, variants = _description(own.pop("like")) if "like" in own else ({}, [])
+    variants = own.pop("variants", variants)
     return _over(base, own), variants
 
 

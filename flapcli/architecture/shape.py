@@ -44,7 +44,8 @@ class ModelShape(Record):
     The scalar sizes are those of the architecture (config.json); `layers` gives each layer's own
     sizes, which differ where the model was pruned before. `weights` is None in older files. `attention_unit` is
     query_head where single query heads go and their keys and values stay; `unit_rows` are the rows of all producing
-    projections that go with one unit where they are others than those of separate, equally wide ones;
+    projections that go with one unit where they are others than those of separate, equally wide ones, `unit_weights`
+    all weights that do where producers read something else than the residual stream;
     `query_head_entries` what goes with a query head besides weights where it is more than a bias. Left out where None.
     """
 
@@ -65,11 +66,12 @@ class ModelShape(Record):
     weights: StoredWeights | None = None
     attention_unit: AttentionUnit | None = None
     unit_rows: PerModule[int] | None = None
+    unit_weights: PerModule[int] | None = None
     query_head_entries: int | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        added = ("attention_unit", "unit_rows", "query_head_entries")
+        added = ("attention_unit", "unit_rows", "unit_weights", "query_head_entries")
         usual = {key for key in added if getattr(self, key) is None}
         return {key: value for key, value in write(self).items() if key not in usual}
 
@@ -165,6 +167,8 @@ class ModelShape(Record):
 
         Biases of the producing projections are not counted here; see `unit_biases`.
         """
+        if self.unit_weights:
+            return self.unit_weights[module]
         return (self.producer_rows(module) + self.channels_per_unit(module)) * self.hidden_size
 
     def producer_rows(self, module: Module) -> int:
