@@ -39,7 +39,8 @@ class ModuleDescription(Record):
     must follow a layer's sizes, as expressions of them; one of a configuration that a submodule reads is named with
     `config`, such as `self_attn.config.num_attention_heads`. `head_arguments` are arguments of attention with an entry
     for each head: their axis, on which batch and heads may lie together. `adds_residual`: attention adds the residual
-    stream by itself, which is its second argument.
+    stream by itself, which is its second argument. `stays_whole` says why its units stay or go together alone, such as
+    norms over all of them; None where each can go.
     """
 
     output: str
@@ -49,6 +50,7 @@ class ModuleDescription(Record):
     attributes: dict[str, str]
     head_arguments: dict[str, int]
     adds_residual: bool
+    stays_whole: str | None
 
     @property
     def tensors(self) -> dict[str, Symbols]:
@@ -213,8 +215,16 @@ def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+@cache
+def refused_families() -> dict[str, str]:
+    """Model types that flap can't prune, and why."""
+    return json.loads((FAMILIES / "_refused.json").read_bytes())
+
+
 def family_of(model_type: object, setting: Setting, where: str) -> Family:
     """The family of a configuration, in its variant. Raises FlapError for an unknown one, never guesses."""
+    if why := refused_families().get(str(model_type)):
+        raise FlapError(f"{where}: model_type {model_type} can't be pruned: {why}")
     if not (family := families().get(str(model_type))):
         known = ", ".join(families())
         raise FlapError(

@@ -215,6 +215,7 @@ class Checkpoint(ABC):
             attention_unit=None,
             unit_rows=None,
             unit_weights=None,
+            whole={m: why for m in MODULES if (why := self.family.module(m).stays_whole)} or None,
             **sizes,
         )
         shape = self._with_units(shape)

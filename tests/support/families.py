@@ -68,6 +68,8 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "nanochat": ("nanochat", SIZES | GQA),
     "nemotron": ("nemotron", SIZES | GQA | {"head_dim": 8}),
     "olmo": ("olmo", SIZES | GQA | {"clip_qkv": 1.0}),
+    "olmo2": ("olmo2", SIZES | GQA | {"attention_bias": True}),
+    "olmo3": ("olmo3", SIZES | GQA | WINDOW | {"intermediate_size": 64}),
     "opt": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 48}),
     "opt-post-norm": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "persimmon": ("persimmon", SIZES | {"num_attention_heads": 6}),
