@@ -14,7 +14,7 @@ from typing import Any
 
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.architecture.rows import Symbols
-from flapcli.architecture.shape import LayerShape, Module
+from flapcli.architecture.shape import MODULES, LayerShape, Module
 from flapcli.errors import FlapError
 from flapcli.storage.record import Record
 
@@ -140,7 +140,7 @@ class Family(Record):
             "models": self.covers,
             "architecture": self.architecture,
             "unit": unit,
-            "prunable": "attention, mlp",
+            "prunable": ", ".join(m for m in MODULES if self.module(m).stays_whole is None),
             "stock_when_even": ", ".join(sayable) or "no",
             "gguf": "no" if isinstance(export, str) else export.architecture,
             "gguf_why": export if isinstance(export, str) else "",
