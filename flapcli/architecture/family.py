@@ -14,7 +14,7 @@ from typing import Any
 
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.architecture.rows import Symbols
-from flapcli.architecture.shape import LayerShape, Module
+from flapcli.architecture.shape import MODULES, LayerShape, Module
 from flapcli.errors import FlapError
 from flapcli.storage.record import Record
 
@@ -34,19 +34,23 @@ class ModuleDescription(Record):
 
     `output` is the projection whose input's columns are the module's channels, head by head or neuron by neuron.
     `producers` are the projections that make them, `unit_tensors` (by full names) other tensors whose first axis
-    follows heads or neurons: each maps to which rows belong to what (`architecture.rows`). `attributes` of submodules
+    follows heads or neurons: each maps to which rows belong to what (`architecture.rows`). `inputs` are the widths of
+    what producers read where that is not the residual stream, as expressions. `attributes` of submodules
     must follow a layer's sizes, as expressions of them; one of a configuration that a submodule reads is named with
     `config`, such as `self_attn.config.num_attention_heads`. `head_arguments` are arguments of attention with an entry
     for each head: their axis, on which batch and heads may lie together. `adds_residual`: attention adds the residual
-    stream by itself, which is its second argument.
+    stream by itself, which is its second argument. `stays_whole` says why its units stay or go together alone, such as
+    norms over all of them; None where each can go.
     """
 
     output: str
     producers: dict[str, Symbols]
     unit_tensors: dict[str, Symbols]
+    inputs: dict[str, str]
     attributes: dict[str, str]
     head_arguments: dict[str, int]
     adds_residual: bool
+    stays_whole: str | None
 
     @property
     def tensors(self) -> dict[str, Symbols]:
@@ -136,7 +140,7 @@ class Family(Record):
             "models": self.covers,
             "architecture": self.architecture,
             "unit": unit,
-            "prunable": "attention, mlp",
+            "prunable": ", ".join(m for m in MODULES if self.module(m).stays_whole is None),
             "stock_when_even": ", ".join(sayable) or "no",
             "gguf": "no" if isinstance(export, str) else export.architecture,
             "gguf_why": export if isinstance(export, str) else "",
@@ -196,10 +200,10 @@ def families() -> dict[str, Family]:
 
 @cache
 def _description(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A file of families/, over that of the family that it is `like`, and its variants."""
+    """A file of families/, over that of the family that it is `like`, and its variants, or else that one's."""
     own = json.loads((FAMILIES / f"{name}.json").read_bytes())
-    base = _description(own.pop("like"))[0] if "like" in own else {}
-    variants = own.pop("variants", [])
+    base, variants = _description(own.pop("like")) if "like" in own else ({}, [])
+    variants = own.pop("variants", variants)
     return _over(base, own), variants
 
 
@@ -211,8 +215,16 @@ def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+@cache
+def refused_families() -> dict[str, str]:
+    """Model types that flap can't prune, and why."""
+    return json.loads((FAMILIES / "_refused.json").read_bytes())
+
+
 def family_of(model_type: object, setting: Setting, where: str) -> Family:
     """The family of a configuration, in its variant. Raises FlapError for an unknown one, never guesses."""
+    if why := refused_families().get(str(model_type)):
+        raise FlapError(f"{where}: model_type {model_type} can't be pruned: {why}")
     if not (family := families().get(str(model_type))):
         known = ", ".join(families())
         raise FlapError(

@@ -44,7 +44,9 @@ class ModelShape(Record):
     The scalar sizes are those of the architecture (config.json); `layers` gives each layer's own
     sizes, which differ where the model was pruned before. `weights` is None in older files. `attention_unit` is
     query_head where single query heads go and their keys and values stay; `unit_rows` are the rows of all producing
-    projections that go with one unit where they are others than those of separate, equally wide ones;
+    projections that go with one unit where they are others than those of separate, equally wide ones, `unit_weights`
+    all weights that do where producers read something else than the residual stream; `whole` says of modules whose
+    units stay or go together alone why;
     `query_head_entries` what goes with a query head besides weights where it is more than a bias. Left out where None.
     """
 
@@ -65,11 +67,13 @@ class ModelShape(Record):
     weights: StoredWeights | None = None
     attention_unit: AttentionUnit | None = None
     unit_rows: PerModule[int] | None = None
+    unit_weights: PerModule[int] | None = None
+    whole: dict[Module, str] | None = None
     query_head_entries: int | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        added = ("attention_unit", "unit_rows", "query_head_entries")
+        added = ("attention_unit", "unit_rows", "unit_weights", "whole", "query_head_entries")
         usual = {key for key in added if getattr(self, key) is None}
         return {key: value for key, value in write(self).items() if key not in usual}
 
@@ -167,6 +171,8 @@ class ModelShape(Record):
 
         Biases of the producing projections are not counted here; see `unit_biases`.
         """
+        if self.unit_weights:
+            return self.unit_weights[module]
         return (self.producer_rows(module) + self.channels_per_unit(module)) * self.hidden_size
 
     def producer_rows(self, module: Module) -> int:
@@ -178,10 +184,19 @@ class ModelShape(Record):
         return (1 if self.attention_unit == "query_head" else self.query_heads_per_group + 2) * self.head_dim
 
     @property
+    def prunable(self) -> tuple[Module, ...]:
+        """The modules whose units can go one by one."""
+        return tuple(module for module in MODULES if module not in (self.whole or {}))
+
+    @property
     def prunable_weights(self) -> int:
-        """Weights of all units of the whole model."""
+        """Weights of all units of the whole model that can go one by one."""
         return sum(self.prunable_layer(i) for i in range(self.num_layers))
 
     def prunable_layer(self, layer: int) -> int:
-        """Weights of all units of both modules of a layer."""
-        return sum(self.units(layer, module) * self.unit_parameters(module) for module in MODULES)
+        """Weights of all units of a layer's prunable modules."""
+        return sum(self.module_weights(layer, module) for module in self.prunable)
+
+    def module_weights(self, layer: int, module: Module) -> int:
+        """Weights of all units of a layer's module."""
+        return self.units(layer, module) * self.unit_parameters(module)

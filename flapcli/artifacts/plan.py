@@ -44,11 +44,13 @@ class UnitSize(Record):
     """Weights of one unit, and entries of the producing projections' biases that go with it.
 
     `shared` counts a layer's keys and values, weights and biases, where they go with the last of its query heads alone.
+    `whole`: the module's units stay or go together alone, and do not count as prunable.
     """
 
     weights: Count
     biases: Count
     shared: Count | None = None
+    whole: Literal[True] | None = None
 
 
 class Parameters(Record):
@@ -133,8 +135,12 @@ def build_plan(
     ]
     shared: dict[Module, int | None] = {"attention": shape.shared_entries or None, "mlp": None}
     per_unit = {
-        m: UnitSize(weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared[m]) for m in MODULES
-    }
+        m: UnitSize(
+            weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared[m],
+            whole=None if m in shape.prunable else True,
+        )
+        for m in MODULES
+    }  # fmt: skip
     model = ModelRef(name=shape.name, revision=shape.revision, fingerprint=shape.fingerprint, family=shape.family)
     return Plan(model=model, stats=stats, layers=layers, **_totals(layers, shape.parameters, per_unit, ratio), **chosen)
 
@@ -143,7 +149,8 @@ def _totals(layers: list[LayerPlan], model: int, per_unit: dict[Module, UnitSize
     """`parameters` and `ratio` of a plan: the share of the prunable weights that goes, rounded for readers."""
     of = {m: sum(layer.module(m).of for layer in layers) for m in MODULES}
     stay = {m: sum(len(parse_ranges(layer.module(m).keep)) for layer in layers) for m in MODULES}
-    prunable, kept = (sum(counts[m] * per_unit[m].weights for m in MODULES) for counts in (of, stay))
+    can_go = [m for m in MODULES if not per_unit[m].whole]
+    prunable, kept = (sum(counts[m] * per_unit[m].weights for m in can_go) for counts in (of, stay))
     after = model - sum((of[m] - stay[m]) * (per_unit[m].weights + per_unit[m].biases) for m in MODULES)
     after -= sum((per_unit[m].shared or 0) for m in MODULES for layer in layers if layer.module(m).is_emptied)
     achieved = round((prunable - kept) / prunable, 6) if prunable else 0.0
@@ -258,6 +265,12 @@ def check_belongs(plan: Plan, shape: ModelShape, where: Path) -> None:
         if ((part := layer.module(m)).of, part.unit) != (shape.units(i, m), shape.unit(m))
     ]
     wrong += [f"layer {i}, attention: {told}" for i in range(shape.num_layers) if (told := _uneven(plan, shape, i))]
+    wrong += [
+        f"layer {i}, {m}: all its units stay or none, since {why}"
+        for m, why in (shape.whole or {}).items()
+        for i in range(shape.num_layers)
+        if len(plan.kept(i, m)) not in (0, shape.units(i, m))
+    ]
     if wrong:
         raise FlapError(f"{where} does not fit {shape.name}: {'; '.join(wrong[:4])}")
 

@@ -59,7 +59,7 @@ class Target:
 
     def step(self, shape: ModelShape) -> int:
         """The least by which two plans differ: a unit of the smaller kind."""
-        units = [shape.unit_parameters(m) + shape.unit_biases[m] for m in MODULES]
+        units = [shape.unit_parameters(m) + shape.unit_biases[m] for m in shape.prunable]
         return self.dense(shape) - self._measure(shape, min(units), 0)
 
     @classmethod

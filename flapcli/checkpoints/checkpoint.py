@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flapcli.architecture.family import MAX_SIZE, Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
-from flapcli.architecture.rows import RowMap, Symbols
+from flapcli.architecture.rows import RowMap, Symbols, evaluate
 from flapcli.architecture.shape import MODULES, AttentionUnit, ModelShape, Module, Size, StoredWeights
 from flapcli.checkpoints.companion_files import companion_files, decides_tokens
 from flapcli.checkpoints.locate import Hub
@@ -161,10 +161,17 @@ class Checkpoint(ABC):
         return {name: self._row_map(symbols) for name, symbols in self.family.module(module).tensors.items()}
 
     def _row_map(self, symbols: Symbols) -> RowMap:
-        named = {
-            name for block in symbols for symbol in block for name in re.findall(r"[a-z_]\w*", symbol.partition(":")[2])
-        }
-        return RowMap.of(symbols, self.sizes | {name: self.setting(name) for name in named - self.sizes.keys()})
+        return RowMap.of(symbols, self._values(*(symbol.partition(":")[2] for block in symbols for symbol in block)))
+
+    def _values(self, *expressions: str) -> dict[str, int]:
+        """The sizes, and what else of the configuration these expressions name."""
+        named = {name for expression in expressions for name in re.findall(r"[a-z_]\w*", expression)}
+        return self.sizes | {name: self.setting(name) for name in named - self.sizes.keys()}
+
+    def _input_width(self, module: Module, producer: str) -> int:
+        """Columns of a producing projection, which reads the residual stream unless the description says otherwise."""
+        expression = self.family.module(module).inputs.get(producer, "hidden_size")
+        return evaluate(expression, self._values(expression))
 
     @cached_property
     def flap(self) -> FlapSection | None:
@@ -212,6 +219,8 @@ class Checkpoint(ABC):
             weights=self._stored_weights(sizes["num_layers"]),
             attention_unit=None,
             unit_rows=None,
+            unit_weights=None,
+            whole={m: why for m in MODULES if (why := self.family.module(m).stays_whole)} or None,
             **sizes,
         )
         shape = self._with_units(shape)
@@ -306,17 +315,20 @@ class Checkpoint(ABC):
         entries = self._unit_entries(shape.model_copy(update={"attention_unit": "query_head"}), "attention")[1]
         shape = shape.model_copy(update={"attention_unit": unit})
         found = {module: self._unit_entries(shape, module) for module in MODULES}
-        rows, biases = ({module: found[module][i] for module in MODULES} for i in range(2))
+        rows, biases, weights = ({module: found[module][i] for module in MODULES} for i in range(3))
         usual = all(rows[module] == shape.producer_rows(module) for module in MODULES)
         shape = shape.model_copy(update={"unit_biases": biases, "unit_rows": None if usual else rows})
+        if any(self.family.module(module).inputs for module in MODULES):
+            shape = shape.model_copy(update={"unit_weights": weights})
         if not self.family.attention.unit_tensors or shape.query_heads_per_group == 1:
             return shape
         return shape.model_copy(update={"query_head_entries": entries})
 
-    def _unit_entries(self, shape: ModelShape, module: Module) -> tuple[int, int]:
-        """Rows of all producing projections that go with one unit, and entries of their biases and of unit tensors."""
+    def _unit_entries(self, shape: ModelShape, module: Module) -> tuple[int, int, int]:
+        """What goes with one unit: rows of all producing projections, entries of their biases and of unit tensors, and
+        weights, its columns of the output projection included."""
         in_layers = [name for name in self.tensors if name.startswith(self.family.layer.split("{i}")[0])]
-        rows, biases = 0, 0
+        rows, biases, weights = 0, 0, shape.channels_per_unit(module) * shape.hidden_size
         for name, row_map in self.rows(module).items():
             count = sum(row_map.per.get(size, 0) * number for size, number in shape.kept_of_one(module).items())
             if name not in self.family.module(module).producers:
@@ -324,8 +336,9 @@ class Checkpoint(ABC):
                 biases += count * prod(found.shape[1:]) if found else 0
                 continue
             rows += count
+            weights += count * self._input_width(module, name)
             biases += count * any(n.endswith(f".{name}.bias") for n in in_layers)
-        return rows, biases
+        return rows, biases, weights
 
     def _rows_of_one(self, module: Module, size: Size) -> int:
         """Rows of all producing projections for one of what `size` counts."""
@@ -393,7 +406,7 @@ class Checkpoint(ABC):
                 expected[f"{prefix}.{description.output}.weight"] = (shape.hidden_size, channels)[::order]
                 for name in description.producers:
                     count = rows[name].count(layer)
-                    expected[f"{prefix}.{name}.weight"] = (count, shape.hidden_size)[::order]
+                    expected[f"{prefix}.{name}.weight"] = (count, self._input_width(module, name))[::order]
                     expected[f"{prefix}.{name}.bias"] = (count,)
                 for name in description.unit_tensors:
                     if found := self.tensors.get(f"{prefix}.{name}"):

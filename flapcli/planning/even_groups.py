@@ -35,6 +35,6 @@ def allocate_evenly(shape: ModelShape, scores: UnitScores, request: Request) -> 
 def _of_slices(shape: ModelShape, groups: int) -> ModelShape:
     """The model as if a slice were a group, with the weights that a slice has."""
     layers = tuple(LayerShape(heads, heads // groups, neurons) for heads, _, neurons in shape.layers)
-    rows = {module: shape.producer_rows(module) for module in MODULES}
-    rows["attention"] *= groups
-    return shape.model_copy(update={"attention_unit": None, "layers": layers, "unit_rows": rows})
+    weights = {module: shape.unit_parameters(module) for module in MODULES}
+    weights["attention"] *= groups
+    return shape.model_copy(update={"attention_unit": None, "layers": layers, "unit_weights": weights})

@@ -3,6 +3,9 @@
 from dataclasses import asdict, replace
 from math import isfinite
 
+import numpy as np
+
+from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import Plan, StatsRef, build_plan
 from flapcli.artifacts.stats import Stats
 from flapcli.artifacts.target import Target
@@ -74,6 +77,8 @@ def choose(
     Raises UsageError where the request can't be reached, FlapError where the statistics lack what the method needs.
     """
     scores, settings = None, {}
+    if request.remove_heads is not None and (why := (stats.model.whole or {}).get("attention")):
+        raise UsageError(f"--structure {request.structure}: heads of {stats.model.name} can't go by number: {why}")
     if method != "depth":
         scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
         settings = asdict(request) | {"attention_exponent": None if metric in UNIT_METRICS else attention_exponent}
@@ -82,7 +87,12 @@ def choose(
     def kept_at(ratio: float) -> Kept:
         if scores is None:
             return drop_layers(stats, ratio)
-        return allocate_evenly(stats.model, scores, replace(request, ratio=ratio))
+        chosen = allocate_evenly(stats.model, scores, replace(request, ratio=ratio))
+        return {
+            (i, m): chosen[i, m] if (i, m) in chosen else np.arange(stats.model.units(i, m))
+            for i in range(stats.model.num_layers)
+            for m in MODULES
+        }
 
     ratio = find_ratio(target, stats.model, kept_at) if target else request.ratio
     return build_plan(

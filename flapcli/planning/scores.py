@@ -69,17 +69,20 @@ def standardise(scores: Scores) -> Scores:
 
 
 def unit_scores(stats: Stats, metric: str, exponent: float, adaptive: bool) -> UnitScores:
-    """One score per unit of every module.
+    """One score per unit of every prunable module.
 
     A metric of channels is summed over a unit's channels, or where `adaptive` standardised and averaged, attention's
     raised to `exponent` first (METHOD.md, Structures). A metric of units is taken as it is.
     """
-    if metric in UNIT_METRICS:
-        return UNIT_METRICS[metric](stats)
-    return {
-        (layer, module): _module_scores(stats.model, module, METRICS[metric](values), exponent, adaptive)
-        for (layer, module), values in stats.modules.items()
-    }
+    found = (
+        UNIT_METRICS[metric](stats)
+        if metric in UNIT_METRICS
+        else {
+            (layer, module): _module_scores(stats.model, module, METRICS[metric](values), exponent, adaptive)
+            for (layer, module), values in stats.modules.items()
+        }
+    )
+    return {key: values for key, values in found.items() if key[1] in stats.model.prunable}
 
 
 def _module_scores(shape: ModelShape, module: Module, scores: Scores, exponent: float, adaptive: bool) -> Scores:

@@ -72,7 +72,8 @@ def find_ratio(target: Target, shape: ModelShape, kept_at: Callable[[float], Kep
         low, high = (low, middle) if meets(middle) else (middle, high)
     if high not in sizes:
         kept = kept_at(max(low, 0) / STEPS)
-        stay = sum(len(units) * shape.unit_parameters(module) for (_, module), units in kept.items())
+        prunable = {key: units for key, units in kept.items() if key[1] in shape.prunable}
+        stay = sum(len(units) * shape.unit_parameters(module) for (_, module), units in prunable.items())
         share = 1 - stay / shape.prunable_weights
         raise UsageError(
             f"{target.option} {target.limit:,} can't be reached: these options remove at most {share:.4f} of the "

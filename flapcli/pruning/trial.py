@@ -93,7 +93,11 @@ def _plan_of(shape: ModelShape, layers: list[int]) -> Plan:
         apart = np.arange(units).reshape(max(groups, 1), -1) if shape.attention_unit else np.arange(units)[None]
         return apart[:, ::2].ravel()
 
-    units = {(i, m): kept(i, shape.units(i, m)) for i in range(shape.num_layers) for m in MODULES}
+    units = {
+        (i, m): kept(i, shape.units(i, m)) if m in shape.prunable else np.arange(shape.units(i, m))
+        for i in range(shape.num_layers)
+        for m in MODULES
+    }
     return build_plan(
         shape, StatsRef(path="", sha256=""), units, 0.5, method="flap", metric="WIFV", structure="AL-AM", settings={}
     )

@@ -9,11 +9,12 @@ from support.families import FAMILY_CONFIGS, make_family
 from support.models import load_dense
 from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, step_by_step
 
-from flapcli.architecture.family import families
+from flapcli.architecture.family import families, family_of, refused_families
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
 from flapcli.checkpoints import open_checkpoint
+from flapcli.errors import FlapError
 from flapcli.execution.loading import load_model
 
 SMALL = ["--nsamples", "8", "--seqlen", "16", "--dtype", "float32"]
@@ -97,6 +98,8 @@ def test_stock_where_even(made, flap):
     flap("plan", "-d", run, "--out", one / "plan.yaml", "--ratio", "0")
     unit = load_plan(one / "plan.yaml").layers[0].attention
     kept["attention"] = "0,2" if unit.of == 3 else kept["attention"]
+    if open_checkpoint(str(dense)).shape.whole:
+        kept["attention"] = unit.keep
     for module in MODULES:
         edit_keep(one, *((layer, module) for layer in range(3)), keep=kept[module])
     flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned", "--compensate", "none")
@@ -105,6 +108,27 @@ def test_stock_where_even(made, flap):
     assert ("auto_map" not in config) == ({"head_dim", "intermediate_size"} <= family.sizes.keys())
     expected = masked_dense(dense, one, False, run / "stats.safetensors")
     torch.testing.assert_close(logits(load_pruned(one / "pruned")), logits(expected), **CLOSE)
+
+
+def test_what_stays_whole_is_not_cut(tmp_path, flap, text_file):
+    """No unit of olmo2's attention is planned to go nor counted, and an edited plan that cuts it is refused."""
+    dense = make_family(tmp_path / "dense", "olmo2")
+    flap("calibrate", dense, "-d", tmp_path, "--dataset", text_file, *SMALL)
+    flap("plan", "-d", tmp_path, "--structure", "UL-MM", "--remove-heads", "3", code=2)
+    flap("plan", "-d", tmp_path, "--ratio", "0.3")
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert plan.counts("attention") == [3] * 3
+    assert plan.ratio.achieved == pytest.approx(0.3, abs=0.01)
+    assert plan.parameters.prunable == 3 * 56 * 3 * 48
+    edit_keep(tmp_path, (1, "attention"), keep="0,2")
+    told = flap("apply", "-d", tmp_path, code=1).stderr
+    assert "layer 1, attention: all its units stay or none, since its norms of queries and keys" in told
+
+
+def test_families_that_cannot_be_pruned_say_why():
+    for name in refused_families():
+        with pytest.raises(FlapError, match=f"model_type {name} can't be pruned: its"):
+            family_of(name, {}.get, "a model")
 
 
 def test_streamed_perplexity_is_the_models_own(made, flap, text_file):

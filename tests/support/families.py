@@ -13,6 +13,8 @@ SIZES = {
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
 MHA = {"num_attention_heads": 6, "num_key_value_heads": 6}
 MQA = {"num_attention_heads": 6, "num_key_value_heads": 1}
+MLA = {"num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 12, "v_head_dim": 10,
+       "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}  # fmt: skip
 WINDOW = {"sliding_window": 5}
 GPT = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 56, "n_positions": 256, "vocab_size": 320, "bos_token_id": 1,
        "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -27,6 +29,9 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "cohere": ("cohere", SIZES | GQA | {"logit_scale": 0.3}),
     "cohere-norms": ("cohere", SIZES | GQA | {"use_qk_norm": True, "attention_bias": True}),
     "cohere2": ("cohere2", SIZES | GQA | WINDOW),
+    "deepseek_v2": ("deepseek_v2", SIZES | MLA | {"first_k_dense_replace": 3, "mlp_bias": True}),
+    "deepseek_v3": ("deepseek_v3", SIZES | MLA | {"first_k_dense_replace": 3, "attention_bias": True}),
+    "deepseek_v3-whole-q": ("deepseek_v3", SIZES | MLA | {"first_k_dense_replace": 3, "q_lora_rank": None}),
     "ernie4_5": ("ernie4_5", SIZES | GQA | {"head_dim": 8, "use_bias": True}),
     "exaone": ("exaone", SIZES | GQA),
     "exaone4": ("exaone4", SIZES | GQA | WINDOW),
@@ -56,12 +61,15 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "iquestcoder": ("iquestcoder", SIZES | GQA | {"head_dim": 8}),
     "jais2": ("jais2", SIZES | GQA),
     "llama": ("llama", SIZES | GQA),
+    "minicpm3": ("minicpm3", SIZES | MLA | {"scale_emb": 2, "dim_model_base": 16}),
     "ministral3": ("ministral3", SIZES | GQA | {"head_dim": 8}),
     "mistral": ("mistral", SIZES | GQA | WINDOW),
     "mpt": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 3, "vocab_size": 320, "max_seq_len": 256}),
     "nanochat": ("nanochat", SIZES | GQA),
     "nemotron": ("nemotron", SIZES | GQA | {"head_dim": 8}),
     "olmo": ("olmo", SIZES | GQA | {"clip_qkv": 1.0}),
+    "olmo2": ("olmo2", SIZES | GQA | {"attention_bias": True}),
+    "olmo3": ("olmo3", SIZES | GQA | WINDOW | {"intermediate_size": 64}),
     "opt": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 48}),
     "opt-post-norm": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "persimmon": ("persimmon", SIZES | {"num_attention_heads": 6}),
