@@ -99,12 +99,14 @@ class Family(Record):
     `decoder` and `layer` are prefixes of tensor names, the latter with the layer's index. `between_modules` is the
     layer's submodule whose input is the residual stream between attention and MLP; None where both read the same
     stream and add to it side by side. `per_layer_lists` are the configuration's lists of one entry for each layer,
-    `leading_layer_counts` its numbers of first layers that differ from the rest: what must follow where whole layers
-    are dropped. `untouched_in_layer` (below the layer's prefix) and `outside_layers` hold tensors that pruning leaves
-    whole, the embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to
-    the configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files
-    into those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored
-    (in, out). `refuses` are values of config.json that flap can't prune, and why. `notes` are for people.
+    `leading_layer_counts` its numbers of first layers that differ from the rest, `depth_scales` its factors that the
+    model divides by this power of the number of layers: what must follow where whole layers are dropped.
+    `untouched_in_layer` (below the layer's prefix) and `outside_layers` hold tensors that pruning leaves whole, the
+    embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to the
+    configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files into
+    those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored
+    (in, out). `norms_stream`: a layer does more to the residual stream than add to it, so that one without units is no
+    layer less. `refuses` are values of config.json that flap can't prune, and why. `notes` are for people.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Family(Record):
     between_modules: str | None
     per_layer_lists: list[str]
     leading_layer_counts: list[str]
+    depth_scales: dict[str, float]
     bias_options: dict[Module, str]
     untouched_in_layer: list[str]
     ignored_suffixes: list[str]
@@ -126,6 +129,7 @@ class Family(Record):
     gguf: GgufDescription
     stored_names: list[tuple[str, str]]
     transposed: bool
+    norms_stream: bool
     refuses: list[Refusal]
     notes: str
 

@@ -30,13 +30,13 @@ class KeptLayers:
 def kept_layers_of(checkpoint: Checkpoint, plan: Plan, adds_bias: bool, masked: bool) -> KeptLayers:
     """What becomes of the layers in which the plan keeps nothing.
 
-    A layer is dropped where nothing of it would act: no unit, and no bias on an output projection, of the model's own
-    or (`adds_bias`) of compensation. Masked, all are kept; and where none would be, all are. Raises FlapError where
-    config.json has another number of entries for layers than layers.
+    A layer is dropped where nothing of it would act: no unit, no norm on the stream, and no bias on an output
+    projection, of the model's own or (`adds_bias`) of compensation. Masked, all are kept; and where none would be, all
+    are. Raises FlapError where config.json has another number of entries for layers than layers.
     """
     every = tuple(range(checkpoint.shape.num_layers))
     empty = [i for i in every if not any(len(plan.kept(i, module)) for module in MODULES)]
-    acting = tuple(i for i in empty if adds_bias or _has_bias(checkpoint, i))
+    acting = tuple(i for i in empty if adds_bias or checkpoint.family.norms_stream or _has_bias(checkpoint, i))
     dropped = set(empty) - set(acting)
     if masked or not dropped or len(dropped) == len(every):
         return KeptLayers(every, {}, () if masked else acting)
@@ -71,4 +71,6 @@ def _config_fields(checkpoint: Checkpoint, kept: tuple[int, ...]) -> dict[str, A
     for key in family.leading_layer_counts:
         if isinstance(first := known.get(key), int):
             fields[key] = sum(i < first for i in kept)
+    for key, power in family.depth_scales.items():
+        fields[key] = checkpoint.setting(key) * (len(kept) / count) ** power
     return fields

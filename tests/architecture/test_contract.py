@@ -1,6 +1,9 @@
 """What holds for every description of a family, on a tiny random model of each and of its variants."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from flapcli.checkpoints import open_checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.loading import load_model
 
+RUNS: dict[str, Path] = {}  # what has been pruned so far
 SMALL = ["--nsamples", "8", "--seqlen", "16", "--dtype", "float32"]
 
 
@@ -32,6 +36,7 @@ def made(request, tmp_path_factory, flap, text_file):
     flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
     flap("plan", "-d", run, "--ratio", "0.3")
     flap("apply", "-d", run)
+    RUNS[request.param] = run
     return dense, run
 
 
@@ -152,6 +157,48 @@ def test_second_round(made, flap, text_file):
     sliced, expected = load_pruned(again / "pruned"), masked_dense(run / "pruned", again)
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
     torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
+
+
+def test_a_layer_that_keeps_nothing(made, flap):
+    """It leaves the checkpoint where nothing of it acts: lists of layers follow, and what it computes stays."""
+    dense, run = made
+    one = run / "dropped"
+    flap("plan", "-d", run, "--out", one / "plan.yaml", "--ratio", "0")
+    edit_keep(one, (1, "attention"), (1, "mlp"))
+    flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned", "--compensate", "none")
+    checkpoint, family = open_checkpoint(one / "pruned"), open_checkpoint(str(dense)).family
+    biased = any(f"{family.output(1, module)}.bias" in open_checkpoint(str(dense)).tensors for module in MODULES)
+    assert checkpoint.shape.num_layers == (3 if biased or family.norms_stream else 2)
+    expected = masked_dense(dense, one, False, run / "stats.safetensors")
+    torch.testing.assert_close(logits(load_pruned(one / "pruned")), logits(expected), **CLOSE)
+
+
+def test_all_load_without_flapcli(tmp_path):
+    """Saved, and loaded again, by a process that can't import flapcli; the runs are those of the tests before."""
+    assert RUNS, "needs the tests before it"
+    expected = {name: logits(load_pruned(run / "pruned")) for name, run in RUNS.items()}
+    torch.save(expected, tmp_path / "expected.pt")
+    code = f"""
+import sys
+sys.modules["flapcli"] = None
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.tensor({IDS.tolist()})
+expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+for name, folder in { ({name: str(run / "pruned") for name, run in RUNS.items()})!r}.items():
+    model = load(folder)
+    again = {str(tmp_path)!r} + "/" + name
+    model.save_pretrained(again)
+    for loaded in (model, load(again)):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m: name + m)
+"""
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin",
+           "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon-rw"])

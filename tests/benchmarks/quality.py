@@ -38,6 +38,11 @@ METHODS = {
     "no-bias": ("--gram", "", "--compensate lstsq --no-bias"),
     "best": ("--preset best", "--preset best", "--preset best"),
 }
+# Single query heads in the place of KV groups, for models that have these.
+HEADS = {
+    "paper-heads": ("--gram --attention-unit query_head", "", "--compensate bias"),
+    "best-heads": ("--preset best --attention-unit query_head", "--preset best", "--preset best"),
+}
 AUTHORS = {"0.2": 34.11, "0.3": 54.58, "0.5": 212.4}  # the authors' code, mha, 128 windows, float32 (METHOD.md)
 AIMS = {"0.2": 0.28, "0.3": 0.24, "0.5": 0.15}  # of the authors' loss over dense
 
@@ -132,8 +137,8 @@ def dense(model: str, folder: Path, news: str) -> dict[str, float]:
 
 
 def pruned(kind: str, method: str, nsamples: str, ratio: str, folder: Path, news: str) -> dict[str, float]:
-    calibrate, plan, apply = METHODS[method]
-    run = folder / f"{kind}-{nsamples}-{'best' if method == 'best' else 'pydoc'}"
+    calibrate, plan, apply = (METHODS | HEADS)[method]
+    run = folder / f"{kind}-{nsamples}-{method if method == 'best' or method in HEADS else 'pydoc'}"
     flap(
         "calibrate", model_of(kind, folder), "-d", str(run), "--dataset", "pydoc", "--nsamples", nsamples,
         *calibrate.split(),
