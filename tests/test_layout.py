@@ -23,7 +23,7 @@ ROOMS = {
     "views": "comparison_tables contents page compare commands plots tables eval_rows terminal",
     " ": "sweep",
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
-    "block_influence fisher moments",
+    "block_influence routed fisher moments",
     "planning": "stage methods depth even_groups allocation scores target_search",
     "pruning": "stage trial companions sequential sequential_fit slicing compensation layout cut stock_form "
     "kept_layers",
@@ -32,9 +32,9 @@ ROOMS = {
     "texts": "windows mixture corpus opening",
     "execution": "hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
-    "unfinished reuse target versions shared_names",
+    "unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder column_norms gguf gguf_header huggingface checkpoint companion_files locate "
-    "hub_errors shards weight_index",
+    "hub_errors shards weight_index expert_files",
     "architecture": "family flap_section modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",

@@ -12,15 +12,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.architecture.rows import Symbols
-from flapcli.architecture.shape import MODULES, LayerShape, Module
+from flapcli.architecture.shape import EVERY_MODULE, OWN_SIZES, LayerShape, Module
 from flapcli.errors import FlapError
 from flapcli.storage.record import Record
 
 FAMILIES = Path(__file__).parent / "families"
 MAX_LAYERS, MAX_SIZE = 10**5, 10**8
 SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+OF_EXPERTS = ("shared_expert_size", "num_experts", "expert_size")  # read where the description names their keys
 Setting = Callable[[str], Any]  # a key of a model's configuration -> its value, None where it has none
 
 
@@ -40,17 +43,34 @@ class ModuleDescription(Record):
     `config`, such as `self_attn.config.num_attention_heads`. `head_arguments` are arguments of attention with an entry
     for each head: their axis, on which batch and heads may lie together. `adds_residual`: attention adds the residual
     stream by itself, which is its second argument. `stays_whole` says why its units stay or go together alone, such as
-    norms over all of them; None where each can go.
+    norms over all of them; None where each can go. `beside` are tensors that are whole where the module is.
+
+    `of_experts`: tensors of an axis more, an expert each, (in, out) where `transposed`, of a submodule that
+    transformers calls with tokens, the experts that each goes to and their weights. `files` are the names, `{e}` being
+    an expert's number, of what files hold for a tensor expert by expert, in parts whose rows lie one after the other.
+    `every_expert` says why whole experts can't go.
     """
 
     output: str
     producers: dict[str, Symbols]
-    unit_tensors: dict[str, Symbols]
-    inputs: dict[str, str]
-    attributes: dict[str, str]
-    head_arguments: dict[str, int]
-    adds_residual: bool
-    stays_whole: str | None
+    unit_tensors: dict[str, Symbols] = Field(default={})
+    inputs: dict[str, str] = Field(default={})
+    attributes: dict[str, str] = Field(default={})
+    head_arguments: dict[str, int] = Field(default={})
+    adds_residual: bool = False
+    stays_whole: str | None = None
+    beside: list[str] = Field(default=[])
+    transposed: bool = False
+    of_experts: bool = False
+    files: dict[str, list[str]] = Field(default={})
+    every_expert: str | None = None
+
+    def weight(self, projection: str) -> str:
+        """The full name, below the layer's prefix, of one of its projections' weight."""
+        return projection if self.of_experts else f"{projection}.weight"
+
+    def bias(self, projection: str) -> str:
+        return f"{projection}_bias" if self.of_experts else f"{projection}.bias"
 
     @property
     def tensors(self) -> dict[str, Symbols]:
@@ -100,13 +120,16 @@ class Family(Record):
     layer's submodule whose input is the residual stream between attention and MLP; None where both read the same
     stream and add to it side by side. `per_layer_lists` are the configuration's lists of one entry for each layer,
     `leading_layer_counts` its numbers of first layers that differ from the rest, `depth_scales` its factors that the
-    model divides by this power of the number of layers: what must follow where whole layers are dropped.
-    `untouched_in_layer` (below the layer's prefix) and `outside_layers` hold tensors that pruning leaves whole, the
-    embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to the
-    configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files into
-    those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored
+    model divides by this power of the number of layers: what must follow where whole layers are dropped; of its
+    `patterns` of layers without experts, null stands for the list of their indices, and others get the values that let
+    it say all. `untouched_in_layer` (below the layer's prefix) and `outside_layers` hold tensors that pruning leaves
+    whole, the embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to
+    the configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files
+    into those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored
     (in, out). `norms_stream`: a layer does more to the residual stream than add to it, so that one without units is no
-    layer less. `refuses` are values of config.json that flap can't prune, and why. `notes` are for people.
+    layer less. Where there are `experts`, a layer has those modules that its tensors show. `refuses` are values of
+    config.json that flap can't prune, and why. `follow` are what else of config.json follows the sizes of a stock
+    folder, as expressions. `notes` are for people.
     """
 
     name: str
@@ -132,6 +155,10 @@ class Family(Record):
     norms_stream: bool
     refuses: list[Refusal]
     notes: str
+    follow: dict[str, str] = Field(default={})
+    patterns: dict[str, int | None] = Field(default={})
+    shared_expert: ModuleDescription | None = None
+    experts: ModuleDescription | None = None
 
     def summary(self) -> dict[str, str]:
         """What `flap families` says of it."""
@@ -144,19 +171,28 @@ class Family(Record):
             "models": self.covers,
             "architecture": self.architecture,
             "unit": unit,
-            "prunable": ", ".join(m for m in MODULES if self.module(m).stays_whole is None),
+            "prunable": ", ".join(m for m in self.modules if self.module(m).stays_whole is None),
             "stock_when_even": ", ".join(sayable) or "no",
             "gguf": "no" if isinstance(export, str) else export.architecture,
             "gguf_why": export if isinstance(export, str) else "",
             "notes": self.notes,
         }
 
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that its layers have, or some of them."""
+        return tuple(module for module in EVERY_MODULE if getattr(self, module))
+
     def module(self, module: Module) -> ModuleDescription:
-        return self.attention if module == "attention" else self.mlp
+        return getattr(self, module)
 
     def output(self, layer: int, module: Module) -> str:
         """Full prefix of a module's output projection, such as `model.layers.0.mlp.down_proj`."""
         return f"{self.layer.format(i=layer)}.{self.module(module).output}"
+
+    def output_weight(self, layer: int, module: Module) -> str:
+        """Full name of the weight of a module's output projection."""
+        return f"{self.layer.format(i=layer)}.{self.module(module).weight(self.module(module).output)}"
 
     def own_name(self, stored: str) -> str:
         """The model's name of a tensor that files have under another one."""
@@ -171,7 +207,8 @@ class Family(Record):
         Raises FlapError that lists every missing size, and every value that is none.
         """
         keys = {name: key for name, key in self.sizes.items() if isinstance(key, str)}
-        sizes: dict[str, Any] = {n: setting(keys[n]) if n in keys else self.sizes.get(n) for n in SIZES}
+        names = (*SIZES, *(name for name in OF_EXPERTS if name in self.sizes))
+        sizes: dict[str, Any] = {n: setting(keys[n]) if n in keys else self.sizes.get(n) for n in names}
         odd = [f"{keys.get(name)} is {value!r:.80}" for name, value in sizes.items() if not _is_size(name, value)]
         if odd:
             raise FlapError(f"config.json of a {self.name} model: {', '.join(odd)}, where a whole number is wanted")
@@ -188,7 +225,7 @@ class Family(Record):
         """Each layer's own sizes: those under `flap` where the model was pruned, else the architecture's."""
         count = sizes["num_layers"]
         if flap is None:
-            return (LayerShape(*(sizes[size] for size in LayerShape._fields)),) * count
+            return (LayerShape(*(sizes[size] for size in OWN_SIZES)),) * count
         layers = tuple(flap.layers())
         if len(layers) != count:
             raise FlapError(f"config.json: the per-layer sizes under `flap` are not {count} values each")
@@ -214,8 +251,9 @@ def _description(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A description over another; `gguf` and the modules are taken key by key."""
     merged = base | own
-    for key in ("gguf", "attention", "mlp"):
-        merged[key] = base.get(key, {}) | own.get(key, {})
+    for key in ("gguf", *EVERY_MODULE):
+        if key in merged:
+            merged[key] = base.get(key, {}) | own.get(key, {})
     return merged
 
 

@@ -66,7 +66,8 @@ class ModuleLayout(Record):
     `producers` maps a projection to what it counts, `rows` being those for one of it, or to its rows layer by layer;
     `channels` is the producer that has the output's channels, or their number layer by layer. Layer by layer too, and
     left out where nothing changes: rows of `unit_tensors`, `attributes`, and under `kept_heads` which of the
-    configuration's heads stay, by which `head_arguments` are cut (`architecture.family`).
+    configuration's heads stay, by which `head_arguments` are cut (`architecture.family`). `experts` counts those of a
+    layer, whose tensors have an axis more, (in, out) where `transposed`.
     """
 
     kind: Module
@@ -76,6 +77,8 @@ class ModuleLayout(Record):
     channels: str | list[int]
     unit_tensors: dict[str, list[int]] | None = None
     attributes: dict[str, list[int]] | None = None
+    experts: list[int] | None = None
+    transposed: bool | None = None
     head_arguments: dict[str, int] | None = None
     kept_heads: list[list[int]] | None = None
     adds_residual: bool | None = None
@@ -95,6 +98,9 @@ class FlapSection(Record):
     num_attention_heads: list[int]
     num_key_value_heads: list[int]
     intermediate_size: list[int]
+    shared_expert_size: list[int] | None = None
+    num_experts: list[int] | None = None
+    expert_size: list[int] | None = None
     biases: list[str]
     parameters: int | None = None
     source_layers: list[int] | None = None
@@ -116,7 +122,8 @@ class FlapSection(Record):
 
     def layers(self) -> list[LayerShape]:
         """Each layer's sizes. Raises FlapError where the lists of sizes are not equally long."""
-        columns = [getattr(self, size) for size in LayerShape._fields]
+        given = [getattr(self, size) for size in LayerShape._fields]
+        columns = [[0] * len(self.intermediate_size) if column is None else column for column in given]
         if len({len(column) for column in columns}) > 1:
             raise FlapError(f"config.json: the per-layer sizes under `flap` are not {len(columns[0])} values each")
         return [LayerShape(*row) for row in zip(*columns, strict=True)]

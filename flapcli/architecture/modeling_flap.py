@@ -66,6 +66,13 @@ class Emptied(nn.Module):
         return result, None
 
 
+class NoExperts(nn.Module):
+    """What is left of experts that are all pruned: nothing, whatever the router says."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
 class LayerConfig:
     """A model's configuration with some values of a layer's own; all others stay the model's, also once they change."""
 
@@ -110,6 +117,10 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
     flap, is_attention = config.flap, description["kind"] == "attention"
     output = description["output"]
     parent, _, leaf = output.rpartition(".")
+    if description.get("experts") or not _has(layer, output):
+        if _has(layer, parent) and description.get("experts"):
+            _resize_experts(layer, index, description)
+        return
     dense = layer.get_submodule(output)
     bias = dense.bias is not None or output in flap["biases"]
     rows = {name: _rows(flap, description, counted, index) for name, counted in description["producers"].items()}
@@ -128,15 +139,55 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
     counted = description["channels"]
     channels = rows[counted] if isinstance(counted, str) else counted[index]
     layer.set_submodule(output, _projection(dense, channels, _width(dense), bias))
-    for name, counts in (description.get("unit_tensors") or {}).items():
-        owner, _, attribute = name.rpartition(".")
-        whole = getattr(layer.get_submodule(owner), attribute)
-        cut = nn.Parameter(whole.new_empty(counts[index], *whole.shape[1:]))
-        setattr(layer.get_submodule(owner), attribute, cut)
-    for path, values in (description.get("attributes") or {}).items():
-        _set(layer, path, values[index])
+    _resize_others(layer, index, description)
     if is_attention:
         _fit_arguments(layer.get_submodule(parent), index, description, config)
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    """Whether a layer has this submodule: where there are experts, not all have the same."""
+    try:
+        return layer.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
+
+def _resize_others(layer: nn.Module, index: int, description: dict[str, Any]) -> None:
+    """What follows a module's sizes besides its projections."""
+    for name, counts in (description.get("unit_tensors") or {}).items():
+        owner, _, attribute = name.rpartition(".")
+        _cut(layer.get_submodule(owner), attribute, {0: counts[index]})
+    for path, values in (description.get("attributes") or {}).items():
+        _set(layer, path, values[index])
+
+
+def _cut(owner: nn.Module, name: str, sizes: dict[int, int]) -> None:
+    """Give a parameter or a buffer other sizes at some axes."""
+    whole = getattr(owner, name)
+    made = whole.new_empty([sizes.get(axis, size) for axis, size in enumerate(whole.shape)])
+    setattr(owner, name, nn.Parameter(made) if isinstance(whole, nn.Parameter) else made)
+
+
+def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any]) -> None:
+    """Give all experts of a layer, whose tensors have an axis more, their sizes."""
+    path, _, output = description["output"].rpartition(".")
+    count, inner, outer = description["experts"][index], 1, 2
+    if not count:
+        layer.set_submodule(path, NoExperts())
+        return
+    if description.get("transposed"):
+        inner, outer = outer, inner
+    owner = layer.get_submodule(path)
+    if description["channels"][index] % 8:  # which grouped matrix products ask for
+        owner.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    _cut(owner, output, {0: count, outer: description["channels"][index]})
+    sizes = {name.rpartition(".")[2]: rows[index] for name, rows in description["producers"].items()}
+    for name, rows in sizes.items():
+        _cut(owner, name, {0: count, inner: rows})
+    for name, rows in (sizes | {output: 0}).items():
+        if hasattr(owner, f"{name}_bias"):
+            _cut(owner, f"{name}_bias", {0: count} | ({1: rows} if rows else {}))
+    _resize_others(layer, index, description)
 
 
 def _rows(flap: dict[str, Any], description: dict[str, Any], counted: Any, index: int) -> int:

@@ -3,7 +3,8 @@
 A description gives a tensor as blocks that lie one after the other, each a list of symbols that take turns head by
 head or neuron by neuron: `[["q", "k", "v"]]` is interleaved, `[["q"], ["k"], ["v"]]` is concatenated. `q` stands for a
 query head's rows (in a KV group those of all its query heads), `k` and `v` for those of a key/value head, `n` for a
-neuron's; their number is head_dim, for `n` one, or what stands behind a colon, such as `q:2*head_dim`.
+neuron's of the MLP, `s` of a shared expert, `x` of an expert (its rows alone), `e` for an expert's of its router; their
+number is head_dim, one for all but heads, or what stands behind a colon, such as `q:2*head_dim`.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from flapcli.architecture.shape import LayerShape, Size
 Symbols = list[list[str]]
 SIZE_OF: dict[str, Size] = {
     "q": "num_attention_heads", "k": "num_key_value_heads", "v": "num_key_value_heads", "n": "intermediate_size",
+    "s": "shared_expert_size", "e": "num_experts", "x": "expert_size",
 }  # fmt: skip
 Kept = Mapping[Size, NDArray[np.bool_]]  # which of the heads, or neurons, of a layer stay
 
@@ -30,7 +32,12 @@ class Part(NamedTuple):
 
 
 def evaluate(expression: str, values: Mapping[str, int]) -> int:
-    """A sum of products of numbers and names, such as `2*head_dim`. Raises KeyError for an unknown name."""
+    """A sum of products of numbers and names, such as `2*head_dim`, or the least of several: `a,b`.
+
+    Raises KeyError for an unknown name.
+    """
+    if "," in expression:
+        return min(evaluate(part, values) for part in expression.split(","))
     total = 0
     for term in expression.split("+"):
         product = 1
@@ -52,7 +59,7 @@ class RowMap:
 
         def part(symbol: str) -> Part:
             letter, _, rows = symbol.partition(":")
-            return Part(SIZE_OF[letter], evaluate(rows or ("1" if letter == "n" else "head_dim"), values))
+            return Part(SIZE_OF[letter], evaluate(rows or ("head_dim" if letter in "qkv" else "1"), values))
 
         return cls(tuple(tuple(part(symbol) for symbol in block) for block in symbols))
 
@@ -71,7 +78,8 @@ class RowMap:
 
     def indices(self, kept: Kept) -> NDArray[np.int64]:
         """Rows of what stays, ascending; `kept` is of a module that has units."""
-        turns = len(kept["num_key_value_heads"]) if "num_key_value_heads" in kept else len(kept["intermediate_size"])
+        named = [size for block in self.blocks for size, _ in block]
+        turns = len(kept["num_key_value_heads" if "num_key_value_heads" in kept else named[0]])
         rows = [
             np.concatenate([np.repeat(kept[s].reshape(turns, -1), n, axis=1) for s, n in block], axis=1).ravel()
             for block in self.blocks

@@ -9,21 +9,35 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from flapcli.errors import UsageError
 from flapcli.storage.record import Record
 
-Module = Literal["attention", "mlp"]
-MODULES: tuple[Module, Module] = ("attention", "mlp")
+Module = Literal["attention", "mlp", "shared_expert", "experts"]
+EVERY_MODULE: tuple[Module, ...] = ("attention", "mlp", "shared_expert", "experts")
+MODULES: tuple[Module, Module] = ("attention", "mlp")  # of every family; where there are experts, layers may lack one
 Extent = Annotated[int, Field(gt=0, le=10**8)]
 T = TypeVar("T")
 PerModule = Annotated[dict[Module, T], Field(min_length=len(MODULES))]
-Size = Literal["num_attention_heads", "num_key_value_heads", "intermediate_size"]
+Size = Literal[
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "shared_expert_size",
+    "num_experts",
+    "expert_size",
+]
 AttentionUnit = Literal["kv_group", "query_head"]
 
 
 class LayerShape(NamedTuple):
-    """Sizes of one decoder layer; 0 where a module was pruned away whole."""
+    """Sizes of one decoder layer; 0 where a module was pruned away whole, or never was."""
 
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    shared_expert_size: int = 0
+    num_experts: int = 0
+    expert_size: int = 0
+
+
+OWN_SIZES = LayerShape._fields[:3]  # of every family; the others are written where a layer has some
 
 
 class StoredWeights(Record):
@@ -46,7 +60,7 @@ class ModelShape(Record):
     query_head where single query heads go and their keys and values stay; `unit_rows` are the rows of all producing
     projections that go with one unit where they are others than those of separate, equally wide ones, `unit_weights`
     all weights that do where producers read something else than the residual stream; `whole` says of modules whose
-    units stay or go together alone why;
+    units stay or go together alone why, and `every_expert` why no expert can go whole;
     `query_head_entries` what goes with a query head besides weights where it is more than a bias. Left out where None.
     """
 
@@ -69,13 +83,22 @@ class ModelShape(Record):
     unit_rows: PerModule[int] | None = None
     unit_weights: PerModule[int] | None = None
     whole: dict[Module, str] | None = None
+    every_expert: str | None = None
     query_head_entries: int | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        added = ("attention_unit", "unit_rows", "unit_weights", "whole", "query_head_entries")
+        added = ("attention_unit", "unit_rows", "unit_weights", "whole", "every_expert", "query_head_entries")
         usual = {key for key in added if getattr(self, key) is None}
-        return {key: value for key, value in write(self).items() if key not in usual}
+        found = {key: value for key, value in write(self).items() if key not in usual}
+        if not any(any(layer[3:]) for layer in self.layers):
+            found["layers"] = tuple(layer[:3] for layer in self.layers)
+        return found
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that its layers have, or some of them."""
+        return tuple(module for module in EVERY_MODULE if module in self.unit_biases)
 
     @property
     def query_heads_per_group(self) -> int:
@@ -118,32 +141,65 @@ class ModelShape(Record):
 
     def unit(self, module: Module) -> str:
         """Name of the module's prunable unit (METHOD.md, Setting)."""
-        if module == "mlp":
+        if module != "attention":
             return "neuron"
         return self.attention_unit or ("head" if self.query_heads_per_group == 1 else "kv_group")
 
     def units(self, layer: int, module: Module) -> int:
         """How many units the module of this layer has."""
         sizes = self.layers[layer]
-        if module == "mlp":
-            return sizes.intermediate_size
+        match module:
+            case "mlp":
+                return sizes.intermediate_size
+            case "shared_expert":
+                return sizes.shared_expert_size
+            case "experts":
+                return sizes.num_experts * sizes.expert_size
         return sizes.num_attention_heads if self.attention_unit == "query_head" else sizes.num_key_value_heads
 
+    def groups(self, layer: int, module: Module) -> int:
+        """How many units of a layer's module go at once, one of each part: query heads of the groups that share
+        keys and values, neurons of experts.
+        """
+        if module == "experts":
+            return max(self.layers[layer].num_experts, 1)
+        shares = module == "attention" and self.attention_unit == "query_head"
+        return max(self.layers[layer].num_key_value_heads, 1) if shares else 1
+
     def kept(self, layer: int, module: Module, units: NDArray[np.int64]) -> dict[Size, NDArray[np.bool_]]:
-        """Which heads, or neurons, of a layer's module stay where these units do."""
+        """Which heads, or neurons, of a layer's module stay where these units do; of experts, which of them and which
+        of all their neurons, one expert's after the other's.
+        """
         sizes, stays = self.layers[layer], np.zeros(self.units(layer, module), dtype=bool)
         stays[units] = True
         if module == "mlp":
             return {"intermediate_size": stays}
+        if module == "shared_expert":
+            return {"shared_expert_size": stays}
+        if module == "experts":
+            experts: NDArray[np.bool_] = np.any(stays.reshape(sizes.num_experts, sizes.expert_size), axis=1)
+            return {"num_experts": experts, "expert_size": stays}
         if self.attention_unit == "query_head":
             keys = np.full(sizes.num_key_value_heads, len(units) > 0)
             return {"num_attention_heads": stays, "num_key_value_heads": keys}
         return {"num_attention_heads": stays.repeat(self.query_heads_per_group), "num_key_value_heads": stays}
 
+    def sizes_of(self, layer: int, module: Module, units: NDArray[np.int64]) -> dict[Size, int]:
+        """The sizes of a layer's module where these units stay, equally many in every expert that does."""
+        found: dict[Size, int] = {size: int(stays.sum()) for size, stays in self.kept(layer, module, units).items()}
+        if module == "experts":
+            found["expert_size"] //= max(found["num_experts"], 1)
+        return found
+
     def kept_of_one(self, module: Module) -> dict[Size, int]:
         """How many of what go with one unit."""
-        if module == "mlp":
-            return {"intermediate_size": 1}
+        match module:
+            case "mlp":
+                return {"intermediate_size": 1}
+            case "shared_expert":
+                return {"shared_expert_size": 1}
+            case "experts":
+                return {"expert_size": 1}
         if self.attention_unit == "query_head":
             return {"num_attention_heads": 1}
         return {"num_attention_heads": self.query_heads_per_group, "num_key_value_heads": 1}
@@ -162,7 +218,7 @@ class ModelShape(Record):
 
     def channels_per_unit(self, module: Module) -> int:
         """Channels of the output projection's input that one unit owns."""
-        if module == "mlp":
+        if module != "attention":
             return 1
         return self.head_dim * (1 if self.attention_unit == "query_head" else self.query_heads_per_group)
 
@@ -179,14 +235,14 @@ class ModelShape(Record):
         """Rows of all producing projections that go with one unit: their biases' entries where they have some."""
         if self.unit_rows:
             return self.unit_rows[module]
-        if module == "mlp":
+        if module != "attention":
             return self.mlp_projections - 1
         return (1 if self.attention_unit == "query_head" else self.query_heads_per_group + 2) * self.head_dim
 
     @property
     def prunable(self) -> tuple[Module, ...]:
         """The modules whose units can go one by one."""
-        return tuple(module for module in MODULES if module not in (self.whole or {}))
+        return tuple(module for module in self.modules if module not in (self.whole or {}))
 
     @property
     def prunable_weights(self) -> int:
@@ -199,4 +255,8 @@ class ModelShape(Record):
 
     def module_weights(self, layer: int, module: Module) -> int:
         """Weights of all units of a layer's module."""
-        return self.units(layer, module) * self.unit_parameters(module)
+        return self.units(layer, module) * self.weights_of_unit(layer, module)
+
+    def weights_of_unit(self, layer: int, module: Module) -> int:
+        """Weights that go with one unit of this layer: `unit_parameters`, wherever units are single ones."""
+        return self.unit_parameters(module)

@@ -10,7 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from flapcli.architecture.shape import MODULES, AttentionUnit, LayerShape, ModelShape, Module, PerModule
+from flapcli.architecture.shape import EVERY_MODULE, MODULES, AttentionUnit, LayerShape, ModelShape, Module, PerModule
 from flapcli.artifacts.target import Target
 from flapcli.errors import FlapError, problems
 from flapcli.storage.atomic import atomic_file
@@ -80,12 +80,17 @@ class ModulePlan(Record):
 
 
 class LayerPlan(Record):
+    """A module of no units is one that the layer does not have. Neurons of experts are counted one expert's after the
+    other's, and an expert that keeps none goes with its row of the router."""
+
     index: int
     attention: ModulePlan
     mlp: ModulePlan
+    shared_expert: ModulePlan | None = None
+    experts: ModulePlan | None = None
 
     def module(self, module: Module) -> ModulePlan:
-        return self.attention if module == "attention" else self.mlp
+        return getattr(self, module) or ModulePlan(unit="neuron", of=0, keep="")
 
 
 class Plan(Record):
@@ -103,6 +108,17 @@ class Plan(Record):
     def kept(self, layer: int, module: Module) -> NDArray[np.int64]:
         """Indices of the units that stay, ascending."""
         return parse_ranges(self.layers[layer].module(module).keep)
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that its layers have, or some of them."""
+        return tuple(module for module in EVERY_MODULE if module in self.parameters.per_unit)
+
+    @property
+    def present(self) -> tuple[Module, ...]:
+        """The modules that people are shown: all but an MLP of experts' families that have none."""
+        there = (m for m in self.modules if any(layer.module(m).of for layer in self.layers))
+        return self.modules if self.modules == MODULES else tuple(there)
 
     @property
     def target(self) -> Target | None:
@@ -130,16 +146,16 @@ def build_plan(
         return ModulePlan.model_validate({"unit": shape.unit(module), "of": units, "keep": keep})
 
     layers = [
-        LayerPlan(index=i, attention=module_plan(i, "attention"), mlp=module_plan(i, "mlp"))
+        LayerPlan.model_validate({"index": i} | {module: module_plan(i, module) for module in shape.modules})
         for i in range(shape.num_layers)
     ]
-    shared: dict[Module, int | None] = {"attention": shape.shared_entries or None, "mlp": None}
+    shared: dict[Module, int | None] = {"attention": shape.shared_entries or None}
     per_unit = {
         m: UnitSize(
-            weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared[m],
+            weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared.get(m),
             whole=None if m in shape.prunable else True,
         )
-        for m in MODULES
+        for m in shape.modules
     }  # fmt: skip
     model = ModelRef(name=shape.name, revision=shape.revision, fingerprint=shape.fingerprint, family=shape.family)
     return Plan(model=model, stats=stats, layers=layers, **_totals(layers, shape.parameters, per_unit, ratio), **chosen)
@@ -147,12 +163,12 @@ def build_plan(
 
 def _totals(layers: list[LayerPlan], model: int, per_unit: dict[Module, UnitSize], requested: float) -> dict[str, Any]:
     """`parameters` and `ratio` of a plan: the share of the prunable weights that goes, rounded for readers."""
-    of = {m: sum(layer.module(m).of for layer in layers) for m in MODULES}
-    stay = {m: sum(len(parse_ranges(layer.module(m).keep)) for layer in layers) for m in MODULES}
-    can_go = [m for m in MODULES if not per_unit[m].whole]
+    of = {m: sum(layer.module(m).of for layer in layers) for m in per_unit}
+    stay = {m: sum(len(parse_ranges(layer.module(m).keep)) for layer in layers) for m in per_unit}
+    can_go = [m for m in per_unit if not per_unit[m].whole]
     prunable, kept = (sum(counts[m] * per_unit[m].weights for m in can_go) for counts in (of, stay))
-    after = model - sum((of[m] - stay[m]) * (per_unit[m].weights + per_unit[m].biases) for m in MODULES)
-    after -= sum((per_unit[m].shared or 0) for m in MODULES for layer in layers if layer.module(m).is_emptied)
+    after = model - sum((of[m] - stay[m]) * (per_unit[m].weights + per_unit[m].biases) for m in per_unit)
+    after -= sum((per_unit[m].shared or 0) for m in per_unit for layer in layers if layer.module(m).is_emptied)
     achieved = round((prunable - kept) / prunable, 6) if prunable else 0.0
     return {
         "parameters": Parameters(prunable=prunable, kept=kept, model=model, model_after=after, per_unit=per_unit),
@@ -238,7 +254,7 @@ def _problems(plan: Plan) -> Iterable[str]:
     for place, layer in enumerate(plan.layers):
         if layer.index != place:
             yield f"layer {layer.index} stands where layer {place} belongs"
-        for module in MODULES:
+        for module in plan.modules:
             part = layer.module(module)
             try:
                 units = parse_ranges(part.keep)
@@ -261,10 +277,11 @@ def check_belongs(plan: Plan, shape: ModelShape, where: Path) -> None:
     wrong = [
         f"layer {i}, {m}: {part.of} {part.unit}, expected {shape.units(i, m)} {shape.unit(m)}"
         for i, layer in enumerate(plan.layers)
-        for m in MODULES
+        for m in shape.modules
         if ((part := layer.module(m)).of, part.unit) != (shape.units(i, m), shape.unit(m))
     ]
     wrong += [f"layer {i}, attention: {told}" for i in range(shape.num_layers) if (told := _uneven(plan, shape, i))]
+    wrong += [f"layer {i}, experts: {told}" for i in range(shape.num_layers) if (told := _unlike(plan, shape, i))]
     wrong += [
         f"layer {i}, {m}: all its units stay or none, since {why}"
         for m, why in (shape.whole or {}).items()
@@ -287,12 +304,24 @@ def _uneven(plan: Plan, shape: ModelShape, layer: int) -> str | None:
     )
 
 
+def _unlike(plan: Plan, shape: ModelShape, layer: int) -> str | None:
+    """What is wrong where experts of a layer keep unlike numbers of neurons, or one that must stay keeps none."""
+    count = shape.layers[layer].num_experts
+    if not count or not len(units := plan.kept(layer, "experts")):
+        return None
+    neurons = shape.kept(layer, "experts", units)["expert_size"].reshape(count, -1).sum(axis=1)
+    if len({*neurons} - {0}) > 1:
+        return f"they keep {', '.join(map(str, neurons))} neurons, and those that stay need equally many"
+    why = shape.every_expert if 0 in neurons else None
+    return f"expert {int(np.argmin(neurons))} can't go: {why}" if why else None
+
+
 def pruned_layers(plan: Plan, shape: ModelShape) -> tuple[LayerShape, ...]:
     """Sizes of every layer once the plan is applied."""
 
     def after(layer: int) -> LayerShape:
-        kept = [shape.kept(layer, module, plan.kept(layer, module)) for module in MODULES]
-        return LayerShape(**{size: int(stays.sum()) for found in kept for size, stays in found.items()})
+        kept = [shape.sizes_of(layer, module, plan.kept(layer, module)) for module in shape.modules]
+        return LayerShape(**{size: count for found in kept for size, count in found.items()})
 
     return tuple(after(layer) for layer in range(shape.num_layers))
 
@@ -326,7 +355,7 @@ def save_plan(path: Path, plan: Plan) -> None:
         raw[key] = _OneLine(raw[key])
     raw["parameters"]["per_unit"] = {m: _OneLine(size) for m, size in raw["parameters"]["per_unit"].items()}
     for layer in raw["layers"]:
-        for module in MODULES:
+        for module in plan.modules:
             layer[module] = _OneLine(layer[module], keep=_Quoted(layer[module]["keep"]))
     with atomic_file(path) as scratch:
         text = yaml.dump(raw, Dumper=_Dumper, sort_keys=False, width=2**30, allow_unicode=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from flapcli.architecture.shape import MODULES, ModelShape, Module
+from flapcli.architecture.shape import EVERY_MODULE, MODULES, ModelShape, Module
 from flapcli.artifacts.reuse import Kind
 from flapcli.errors import FlapError, problems
 from flapcli.storage.record import Record, unsaid
@@ -22,7 +22,7 @@ FORMAT: Literal["flap-stats/1"] = "flap-stats/1"
 Vector = NDArray[np.float32]
 GramDtype = Literal["F32", "BF16"]
 GRAM_STORED = {"F32": "<f4", "BF16": "<u2"}
-UNIT_FIELDS: dict[str, tuple[Module, ...]] = {"fisher": MODULES, "elimination": ("attention",)}
+UNIT_FIELDS: dict[str, tuple[Module, ...]] = {"fisher": EVERY_MODULE, "elimination": ("attention",)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,22 @@ class ModuleStats:
     square_mean: Vector
     weight_square_sum: Vector
     weight_abs_mean: Vector
+
+
+@dataclass(frozen=True)
+class ExpertStats(ModuleStats):
+    """Those of a layer's experts, their channels one expert's after the other's, each over the tokens routed to it.
+
+    Channels are weighed by the router as what comes out is. `tokens` counts those tokens, `saliency` is the mean over
+    them of the router's weight times the norm of what the expert puts out, both (experts,).
+    """
+
+    tokens: Vector
+    saliency: Vector
+
+
+def stats_class(module: Module) -> type[ModuleStats]:
+    return ExpertStats if module == "experts" else ModuleStats
 
 
 class Influence(NamedTuple):
@@ -66,17 +82,20 @@ def unit_tensors(shape: ModelShape, layer: int, fields: Iterable[str]) -> list[T
         TensorSpec(f"layers.{layer}.{module}.{field}", (shape.units(layer, module),), "F32")
         for field in fields
         for module in UNIT_FIELDS[field]
+        if module in shape.modules
     ]
 
 
 def module_tensors(shape: ModelShape, layer: int, gram: GramDtype | None) -> Iterable[TensorSpec]:
     """Moments, norms and Gram matrices of a layer's modules."""
-    for module in MODULES:
-        channels = shape.channels(layer, module)
-        for field in ModuleStats.__dataclass_fields__:
-            yield TensorSpec(f"layers.{layer}.{module}.{field}", (channels,), "F32")
+    for module in shape.modules:
+        channels, experts, size = shape.channels(layer, module), *shape.layers[layer][4:]
+        for field in stats_class(module).__dataclass_fields__:
+            per_expert = field in ("tokens", "saliency")
+            yield TensorSpec(f"layers.{layer}.{module}.{field}", (experts if per_expert else channels,), "F32")
         if gram and channels:
-            yield TensorSpec(f"layers.{layer}.{module}.gram", (channels, channels), gram)
+            square = (experts, size, size) if module == "experts" else (channels, channels)
+            yield TensorSpec(f"layers.{layer}.{module}.gram", square, gram)
 
 
 def gram_bytes(shape: ModelShape, layer: int, gram: GramDtype = "F32") -> int:
@@ -201,15 +220,19 @@ def load_stats(path: Path) -> Stats:
     if infinite := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
         raise FlapError(f"{path} is corrupt: {infinite[0]} has values that are not finite")
     modules = {
-        (layer, module): ModuleStats(
-            **{f: tensors[f"layers.{layer}.{module}.{f}"] for f in ModuleStats.__dataclass_fields__}
+        (layer, module): stats_class(module)(
+            **{f: tensors[f"layers.{layer}.{module}.{f}"] for f in stats_class(module).__dataclass_fields__}
         )
-        for layer, module in product(layers, MODULES)
+        for layer, module in product(layers, header.model.modules)
     }
     values = [float(tensors[spec.name][0]) for spec in turned]
     influences = [Influence(*values[i : i + 3]) for i in range(0, len(values), 3)]
     per_unit = {
-        field: {key: tensors[f"layers.{key[0]}.{key[1]}.{field}"] for key in product(layers, UNIT_FIELDS[field])}
+        field: {
+            (layer, module): tensors[f"layers.{layer}.{module}.{field}"]
+            for layer, module in product(layers, UNIT_FIELDS[field])
+            if module in header.model.modules
+        }
         for field in fields
     }
     return Stats(header, modules, influences or None, **per_unit, path=path)

@@ -100,10 +100,12 @@ class Target:
 
 def _added(shape: ModelShape, kept: Kept, biases: bool) -> int:
     """Bias entries that the pruned checkpoint has and the source has not (pruning/layout.py, pruning/stock_form.py)."""
-    biased = shape.weights.output_biases if shape.weights else dict.fromkeys(MODULES, 0)
-    outputs = sum(shape.num_layers - biased[m] for m in MODULES) * shape.hidden_size if biases else 0
-    gain = [m for m in MODULES if biases or biased[m]]
-    counts = {m: {len(units) for (_, module), units in kept.items() if module == m} for m in MODULES}
+    modules: list[Module] = [m for m in shape.modules if m != "experts"]  # which get no biases
+    biased = shape.weights.output_biases if shape.weights else dict.fromkeys(modules, 0)
+    have = {m: sum(shape.units(i, m) > 0 or modules == [*MODULES] for i in range(shape.num_layers)) for m in modules}
+    outputs = sum(have[m] - biased[m] for m in modules) * shape.hidden_size if biases else 0
+    gain = [m for m in modules if biases or biased[m]]
+    counts = {m: {len(units) for (_, module), units in kept.items() if module == m} for m in modules}
     even = all(len(found) == 1 and 0 not in found for found in counts.values())
     if not even or any(m not in families()[shape.family].bias_options for m in gain):
         return outputs

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flapcli.architecture.shape import MODULES, Module
+from flapcli.architecture.shape import Module
 from flapcli.artifacts.stats_writer import LayerStats
 from flapcli.calibration.fisher import loss_gradient, track
 from flapcli.calibration.moments import Moments
@@ -74,9 +74,9 @@ def measure(work: Workload) -> Iterator[LayerStats]:
 def _layers(work: Workload, recorder: Recorder) -> Iterator[LayerStats]:
     checkpoint, ranks = work.checkpoint, work.ranks
     for layer in range(checkpoint.shape.num_layers):
-        norms: dict[Module, ColumnNorms | None] = dict.fromkeys(MODULES)
-        for module in MODULES if ranks.rank == 0 else ():
-            if f"{checkpoint.family.output(layer, module)}.weight" in checkpoint.tensors:
+        norms: dict[Module, ColumnNorms | None] = dict.fromkeys(checkpoint.family.modules)
+        for module in norms if ranks.rank == 0 else ():
+            if checkpoint.family.output_weight(layer, module) in checkpoint.tensors:
                 norms[module] = ColumnNorms.of(checkpoint.read_output(layer, module))
         found = layer_stats_of(recorder, layer, norms, ranks)
         yield found._replace(fisher=fisher_of(recorder, layer, ranks)) if work.fisher else found

@@ -22,10 +22,18 @@ class Moments:
 
     @classmethod
     def from_sums(cls, count: int, sums: torch.Tensor) -> "Moments":
-        """Moments from what `batch_sums` returned, of one module or of several side by side."""
-        mean, rest, m2 = sums.double()
-        rest /= count  # what rounding the mean to float32 left over in the deviations
-        return cls(count, mean + rest, m2 - count * rest**2)
+        """Moments from what `batch_sums` returned."""
+        return cls.side_by_side([(count, sums)])[0]
+
+    @classmethod
+    def side_by_side(cls, parts: list[tuple[int, torch.Tensor]]) -> list["Moments"]:
+        """Moments of several modules, each of so many tokens, from what `batch_sums` returned of each."""
+        sizes = [sums.shape[1] for _, sums in parts]
+        counts = torch.tensor([count for count, _ in parts]).repeat_interleave(torch.tensor(sizes))
+        mean, rest, m2 = torch.cat([sums for _, sums in parts], dim=1).double()
+        rest /= counts  # what rounding the mean to float32 left over in the deviations
+        split = zip((mean + rest).split(sizes), (m2 - counts * rest**2).split(sizes), strict=True)
+        return [cls(count, *found) for (count, _), found in zip(parts, split, strict=True)]
 
     @classmethod
     def none(cls, channels: int) -> "Moments":
@@ -61,12 +69,7 @@ class Moments:
     @property
     def square_mean(self) -> torch.Tensor:
         """Mean of squares, float64 (channels,)."""
-        return self.m2 / self.count + self.mean**2
-
-    def split(self, sizes: list[int]) -> list["Moments"]:
-        """The moments of neighbouring groups of channels, each on its own."""
-        parts = zip(self.mean.split(sizes), self.m2.split(sizes), strict=True)
-        return [Moments(self.count, *part) for part in parts]
+        return self.m2 / max(self.count, 1) + self.mean**2
 
 
 def batch_sums(activation: torch.Tensor) -> torch.Tensor:

@@ -2,29 +2,29 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flapcli.architecture.shape import MODULES, Module
-from flapcli.artifacts.stats import Influence, ModuleStats
+from flapcli.architecture.shape import Module
+from flapcli.artifacts.stats import ExpertStats, Influence, ModuleStats
 from flapcli.artifacts.stats_writer import LayerStats
 from flapcli.calibration.block_influence import observe_layer
 from flapcli.calibration.fisher import gate_gradients
 from flapcli.calibration.moments import Moments, batch_sums
+from flapcli.calibration.routed import show_experts
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.errors import FlapError
 from flapcli.execution.ranks import Ranks
 
-# Of a layer's modules; of its residual stream, whose channels are the numbers of `Influence`; or of the gates on a
-# module's units, whose channels are their gradients.
-Key = tuple[int, Module | Literal["residual", "attention.fisher", "mlp.fisher"]]
-GATES: dict[Module, Literal["attention.fisher", "mlp.fisher"]] = {
-    "attention": "attention.fisher", "mlp": "mlp.fisher",
-}  # fmt: skip
+# Of a layer's modules, of experts one by one as in `experts.0`; of its residual stream, whose channels are the numbers
+# of `Influence`; of an expert's saliency, as `experts.0.output`; or of the gates on a module's units, as `mlp.fisher`,
+# whose channels are their gradients.
+Key = tuple[int, str]
+GATES = ".fisher"
 
 
 class NotFiniteError(FlapError):
@@ -46,35 +46,56 @@ class Recorder:
         self.gram, self.device, self.fisher = gram, device, fisher
         self.moments: dict[Key, Moments] = {}
         self.grams: dict[Key, torch.Tensor] = {}
-        self._batch: dict[Key, torch.Tensor] = {}
+        self._batch: dict[Key, tuple[int, torch.Tensor]] = {}  # tokens and their sums
         self._summed: dict[Key, int] = {}  # windows that a Gram sum has
-        self._tokens, self._stop = 0, 0
+        self._stop = 0
         shape, family = checkpoint.shape, checkpoint.family
+        self.modules, self.experts = shape.modules, [layer.num_experts for layer in shape.layers]
         for layer in range(shape.num_layers):
             block = model.get_submodule(family.layer.format(i=layer))
             self.moments[layer, "residual"] = Moments.none(len(Influence._fields))
             observe_layer(block, family, partial(self._sum, (layer, "residual")))
-            for module in MODULES:
-                key: Key = (layer, module)
+            for module in (m for m in shape.modules if m != "experts"):
                 channels = shape.channels(layer, module)
-                self.moments[key] = Moments.none(channels)
-                if fisher:
-                    self.moments[layer, GATES[module]] = Moments.none(shape.units(layer, module))
+                self._expect((layer, module), channels, shape.units(layer, module))
                 if channels:
-                    record = partial(self._record, layer, module, shape.channels_per_unit(module))
+                    record = partial(self._record_input, (layer, module), shape.channels_per_unit(module))
                     model.get_submodule(family.output(layer, module)).register_forward_pre_hook(record)
+            for expert in range(shape.layers[layer].num_experts):
+                self._expect((layer, f"experts.{expert}"), shape.layers[layer].expert_size)
+                self.moments[layer, f"experts.{expert}.output"] = Moments.none(1)
+            if shape.layers[layer].num_experts:
+                path = family.output(layer, "experts").rpartition(".")[0]
+                show_experts(model.get_submodule(path), partial(self._record_expert, layer))
+
+    def _expect(self, key: Key, channels: int, units: int | None = None) -> None:
+        self.moments[key] = Moments.none(channels)
+        if self.fisher:
+            self.moments[key[0], key[1] + GATES] = Moments.none(channels if units is None else units)
+
+    def _record_input(self, key: Key, channels: int, _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._record(key, inputs[0], inputs[0], channels)
+
+    def _record_expert(
+        self, layer: int, expert: int, x: torch.Tensor, share: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """An expert's channels weighed as the router weighs what comes out, and by how much that moves the stream."""
+        key: Key = (layer, f"experts.{expert}")
+        with torch.no_grad():
+            self._sum((key[0], f"{key[1]}.output"), share.float() * output.float().norm(dim=-1, keepdim=True))
+            weighed = x * share
+        self._record(key, weighed, x, 1)
 
     @torch.no_grad()
-    def _record(self, layer: int, module: Module, channels: int, _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Take in what goes into an output projection, of whose units each has so many channels."""
-        key: Key = (layer, module)
-        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-        self._sum(key, x)
+    def _record(self, key: Key, values: torch.Tensor, x: torch.Tensor, channels: int) -> None:
+        """Take in what goes into an output projection, of whose units each has so many channels, `x` in the graph."""
+        values = values.detach().reshape(-1, values.shape[-1])
+        self._sum(key, values)
         if self.gram and key in self.moments and self._summed.get(key, 0) < self._stop:
-            self._add_product(key, x.float())
-        if self.fisher and inputs[0].requires_grad:
-            gate: Key = (layer, GATES[module])
-            inputs[0].register_hook(lambda gradient: self._sum(gate, gate_gradients(x, gradient, channels)))
+            self._add_product(key, values.float())
+        if self.fisher and x.requires_grad:
+            gate, found = (key[0], key[1] + GATES), x.detach()
+            x.register_hook(lambda gradient: self._sum(gate, gate_gradients(found, gradient, channels)))
 
     def _add_product(self, key: Key, x: torch.Tensor) -> None:
         total = self.grams.get(key)
@@ -88,13 +109,12 @@ class Recorder:
 
     def keep_gates_only(self) -> None:
         """Record nothing but gates from here on."""
-        self.moments = {key: moments for key, moments in self.moments.items() if key[1] in GATES.values()}
+        self.moments = {key: moments for key, moments in self.moments.items() if key[1].endswith(GATES)}
 
     def _sum(self, key: Key, values: torch.Tensor) -> None:
         if key not in self.moments:
             return
-        self._batch[key] = batch_sums(values)
-        self._tokens = len(values)
+        self._batch[key] = len(values), batch_sums(values)
 
     def commit(self) -> None:
         """Take in the last batch. Raises NotFiniteError naming the first layer with such activations.
@@ -104,24 +124,23 @@ class Recorder:
         """
         if not self._batch:
             return
-        keys = list(self._batch)
-        sums = torch.cat([self._batch[key].cpu() for key in keys], dim=1)
-        if not torch.isfinite(sums).all():
-            layer, module = next(key for key in keys if not torch.isfinite(self._batch[key]).all())
-            name, _, gates = module.partition(".")
-            raise NotFiniteError(
-                f"{'gradients' if gates else 'activations'} of layer {layer}, {name} are NaN or infinite: "
-                "try --dtype float32 or bfloat16, and check that the checkpoint's weights are finite"
-            )
-        parts = Moments.from_sums(self._tokens, sums).split([self._batch[key].shape[1] for key in keys])
-        for key, part in zip(keys, parts, strict=True):
-            self.moments[key].merge(part)
+        parts = [(tokens, sums.cpu()) for tokens, sums in self._batch.values()]
+        found = Moments.side_by_side(parts)
+        for (layer, module), (_, sums) in zip(self._batch, parts, strict=True):
+            if not torch.isfinite(sums).all():
+                kind = "gradients" if module.endswith(GATES) else "activations"
+                raise NotFiniteError(
+                    f"{kind} of layer {layer}, {module.partition('.')[0]} are NaN or infinite: "
+                    "try --dtype float32 or bfloat16, and check that the checkpoint's weights are finite"
+                )
+        for key, moments in zip(self._batch, found, strict=True):
+            self.moments[key].merge(moments)
         self._batch.clear()
 
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
         """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
         moments = self.moments.pop(key)
-        if not self.gram or not len(moments.mean) or key[1] not in MODULES:
+        if not self.gram or not len(moments.mean) or key[1].endswith((GATES, "residual", "output")):
             return moments, None
         total = self.grams.pop(key, None)
         return moments, torch.zeros(2 * moments.mean.shape, device=self.device) if total is None else total
@@ -132,14 +151,43 @@ def layer_stats_of(
 ) -> LayerStats:
     """All but a layer's Fisher information, over all ranks, which leaves the recorder; of use on rank 0 alone."""
     influence = Influence(*recorder.take((layer, "residual"))[0].over(ranks).mean.float().tolist())
-    modules, grams = {}, {}
-    for module in MODULES:
-        mine, total = recorder.take((layer, module))
-        moments = mine.over(ranks)
+    modules: dict[Module, ModuleStats] = {}
+    grams = {}
+    for module in recorder.modules:
+        if module == "experts":
+            modules[module], total = _expert_stats(recorder, layer, norms[module], ranks)
+        else:
+            moments, total = _taken(recorder, (layer, module), ranks)
+            modules[module] = _module_stats(moments, norms[module])
         if total is not None:
-            grams[module] = ranks.summed(total).div_(max(moments.count, 1)).cpu().numpy()
-        modules[module] = _module_stats(moments, norms[module])
+            grams[module] = total
     return LayerStats(influence, modules, grams)
+
+
+def _taken(recorder: Recorder, key: Key, ranks: Ranks) -> tuple[Moments, NDArray[np.float32] | None]:
+    mine, total = recorder.take(key)
+    moments = mine.over(ranks)
+    return moments, None if total is None else ranks.summed(total).div_(max(moments.count, 1)).cpu().numpy()
+
+
+def _expert_stats(
+    recorder: Recorder, layer: int, norms: ColumnNorms | None, ranks: Ranks
+) -> tuple[ExpertStats, NDArray[np.float32] | None]:
+    """All experts' channels side by side, and their Gram matrices in a stack."""
+    keys = [(layer, f"experts.{expert}") for expert in range(recorder.experts[layer])]
+    found = [_taken(recorder, key, ranks) for key in keys]
+    outputs = [_taken(recorder, (layer, f"{key}.output"), ranks)[0] for _, key in keys]
+    empty = torch.zeros(0)
+    mean, variance, square_mean = (
+        torch.cat([empty, *(getattr(moments, field).float() for moments, _ in found)]).numpy()
+        for field in ("mean", "variance", "square_mean")
+    )
+    counts = np.array([moments.count for moments, _ in found], np.float32)
+    saliency = torch.cat([empty, *(moments.mean.float() for moments in outputs)]).numpy()
+    squares, magnitudes = (empty.numpy(),) * 2 if norms is None else (norms.square_sum, norms.abs_mean)
+    stats = ExpertStats(mean, variance, square_mean, squares, magnitudes, counts, saliency)
+    grams = [gram for _, gram in found if gram is not None]
+    return stats, np.stack(grams) if grams else None
 
 
 def _module_stats(moments: Moments, norms: ColumnNorms | None) -> ModuleStats:
@@ -153,5 +201,9 @@ def _module_stats(moments: Moments, norms: ColumnNorms | None) -> ModuleStats:
 
 def fisher_of(recorder: Recorder, layer: int, ranks: Ranks) -> dict[Module, NDArray[np.float32]]:
     """Fisher information of a layer's units over all ranks, float32 (units,); of use on rank 0 alone."""
-    gates = {module: recorder.take((layer, GATES[module]))[0].over(ranks) for module in MODULES}
-    return {module: moments.square_mean.float().numpy() for module, moments in gates.items()}
+    found: dict[Module, NDArray[np.float32]] = {}
+    for module in recorder.modules:
+        names = [f"experts.{i}" for i in range(recorder.experts[layer])] if module == "experts" else [module]
+        gates = [recorder.take((layer, name + GATES))[0].over(ranks).square_mean.float() for name in names]
+        found[module] = torch.cat([torch.zeros(0), *gates]).numpy()
+    return found

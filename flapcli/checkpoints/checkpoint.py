@@ -9,10 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapcli.architecture.family import MAX_SIZE, Family, family_of
+from flapcli.architecture.family import MAX_SIZE, SIZES, Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.rows import RowMap, Symbols, evaluate
-from flapcli.architecture.shape import MODULES, AttentionUnit, ModelShape, Module, Size, StoredWeights
+from flapcli.architecture.shape import AttentionUnit, LayerShape, ModelShape, Module, Size, StoredWeights
 from flapcli.checkpoints.companion_files import companion_files, decides_tokens
 from flapcli.checkpoints.locate import Hub
 from flapcli.errors import FlapError, UsageError, first_line
@@ -77,10 +77,20 @@ class Checkpoint(ABC):
         """What the source's files call a tensor, by its transformers name."""
         return {name: name for name in self.stored}
 
+    @property
+    def experts_in_files(self) -> dict[str, list[list[str]]]:
+        """Tensors of all experts that the source's files hold expert by expert: their names there, in parts."""
+        return {}
+
     def read_output(self, layer: int, module: Module) -> "torch.Tensor":
-        """The weight of a module's output projection, (out, channels)."""
-        weight = self.read(f"{self.family.output(layer, module)}.weight")
-        return weight.T.contiguous() if self.family.transposed else weight
+        """The weight of a module's output projection, (out, channels), all experts' side by side."""
+        return self.as_matrix(module, self.read(self.family.output_weight(layer, module))).contiguous()
+
+    def as_matrix(self, module: Module, stored: "torch.Tensor") -> "torch.Tensor":
+        """A module's output projection as it is stored, (out, channels), all experts' side by side."""
+        if self.family.module(module).of_experts:
+            return (stored if self.family.module(module).transposed else stored.mT).flatten(0, 1).T
+        return stored.T if self.family.transposed else stored
 
     @property
     @abstractmethod
@@ -140,6 +150,12 @@ class Checkpoint(ABC):
         """A key of config.json, or what the configuration's class of transformers makes of one that it lacks."""
         return self.config[key] if key in self.config else getattr(self.load_config(), key, None)
 
+    def key_of(self, key: str) -> str:
+        """The name under which config.json has a setting, which its class of transformers may know by two."""
+        names: dict[str, str] = self.load_config().attribute_map if key not in self.config else {}
+        others = [names.get(key), *(name for name, other in names.items() if other == key)]
+        return next((name for name in others if name in self.config), key)
+
     @cached_property
     def family(self) -> Family:
         return family_of(self.config.get("model_type"), self.setting, self.name)
@@ -161,9 +177,9 @@ class Checkpoint(ABC):
         return {name: self._row_map(symbols) for name, symbols in self.family.module(module).tensors.items()}
 
     def _row_map(self, symbols: Symbols) -> RowMap:
-        return RowMap.of(symbols, self._values(*(symbol.partition(":")[2] for block in symbols for symbol in block)))
+        return RowMap.of(symbols, self.values(*(symbol.partition(":")[2] for block in symbols for symbol in block)))
 
-    def _values(self, *expressions: str) -> dict[str, int]:
+    def values(self, *expressions: str) -> dict[str, int]:
         """The sizes, and what else of the configuration these expressions name."""
         named = {name for expression in expressions for name in re.findall(r"[a-z_]\w*", expression)}
         return self.sizes | {name: self.setting(name) for name in named - self.sizes.keys()}
@@ -171,7 +187,36 @@ class Checkpoint(ABC):
     def _input_width(self, module: Module, producer: str) -> int:
         """Columns of a producing projection, which reads the residual stream unless the description says otherwise."""
         expression = self.family.module(module).inputs.get(producer, "hidden_size")
-        return evaluate(expression, self._values(expression))
+        return evaluate(expression, self.values(expression))
+
+    def lacks(self, layer: int, module: Module) -> bool:
+        """Whether a layer, of a family with experts, never had this module."""
+        description = self.family.module(module)
+        prefix = f"{self.family.layer.format(i=layer)}."
+        names = (
+            description.weight(description.output),
+            description.bias(description.output),
+            *description.unit_tensors,
+        )
+        return self.family.experts is not None and not any(f"{prefix}{name}" in self.stored for name in names)
+
+    def _layers(self) -> tuple[LayerShape, ...]:
+        """Each layer's sizes; where there are experts, from its tensors."""
+        layers = self.family.read_layers(self.sizes, self.flap)
+        if self.flap or self.family.experts is None:
+            return layers
+        return tuple(layer._replace(**self._widths(i)) for i, layer in enumerate(layers))
+
+    def _widths(self, layer: int) -> dict[str, int]:
+        found: dict[str, int] = {"intermediate_size": 0}
+        for module in self.family.modules[1:]:
+            if spec := self.tensors.get(self.family.output_weight(layer, module)):
+                axis = 1 if self.family.module(module).transposed or self.family.transposed else -1
+                size = {"mlp": "intermediate_size", "shared_expert": "shared_expert_size"}.get(module, "expert_size")
+                found[size] = spec.shape[0 if self.family.transposed else axis]
+                if module == "experts":
+                    found["num_experts"] = spec.shape[0]
+        return found
 
     @cached_property
     def flap(self) -> FlapSection | None:
@@ -206,7 +251,7 @@ class Checkpoint(ABC):
         self._refuse_odd_settings()
         sizes = self.sizes
         self._refuse_layers(sizes["num_layers"], len(self.stored))
-        layers = self.family.read_layers(sizes, self.flap)
+        layers = self._layers()
         shape = ModelShape(
             name=self.name,
             revision=self.hub.revision,
@@ -214,14 +259,15 @@ class Checkpoint(ABC):
             family=self.family.name,
             parameters=sum(prod(spec.shape) for spec in self.tensors.values()),
             mlp_projections=self._rows_of_one("mlp", "intermediate_size") + 1,
-            unit_biases=dict.fromkeys(MODULES, 0),
+            unit_biases=dict.fromkeys(self.family.modules, 0),
             layers=layers,
             weights=self._stored_weights(sizes["num_layers"]),
             attention_unit=None,
             unit_rows=None,
             unit_weights=None,
-            whole={m: why for m in MODULES if (why := self.family.module(m).stays_whole)} or None,
-            **sizes,
+            whole={m: why for m in self.family.modules if (why := self.family.module(m).stays_whole)} or None,
+            every_expert=self.family.experts.every_expert if self.family.experts else None,
+            **{name: sizes[name] for name in SIZES},
         )
         shape = self._with_units(shape)
         self._refuse_untied()
@@ -297,9 +343,13 @@ class Checkpoint(ABC):
     def _stored_weights(self, num_layers: int) -> StoredWeights:
         """Bytes of all tensors that count, as apply writes them by default."""
         prefix = self.family.layer.split("{i}")[0]
-        layers = [spec for name, spec in self.tensors.items() if name.startswith(prefix) and len(spec.shape) == 2]
+        layers = [spec for name, spec in self.tensors.items() if name.startswith(prefix) and len(spec.shape) in (2, 3)]
         sizes = {ITEM_SIZE[spec.dtype] for spec in layers or self.tensors.values()}
-        outputs = {m: [f"{self.family.output(i, m)}.bias" for i in range(num_layers)] for m in MODULES}
+        outputs = {
+            m: [f"{self.family.output(i, m)}.bias" for i in range(num_layers)]
+            for m in self.family.modules
+            if m != "experts"
+        }
         return StoredWeights(
             bytes=sum(spec.nbytes for spec in self.tensors.values()),
             itemsize=(min(sizes), max(sizes)),
@@ -314,11 +364,12 @@ class Checkpoint(ABC):
         unit = shape.with_attention_unit(wish).attention_unit
         entries = self._unit_entries(shape.model_copy(update={"attention_unit": "query_head"}), "attention")[1]
         shape = shape.model_copy(update={"attention_unit": unit})
-        found = {module: self._unit_entries(shape, module) for module in MODULES}
-        rows, biases, weights = ({module: found[module][i] for module in MODULES} for i in range(3))
-        usual = all(rows[module] == shape.producer_rows(module) for module in MODULES)
+        modules = self.family.modules
+        found = {module: self._unit_entries(shape, module) for module in modules}
+        rows, biases, weights = ({module: found[module][i] for module in modules} for i in range(3))
+        usual = all(rows[module] == shape.producer_rows(module) for module in modules)
         shape = shape.model_copy(update={"unit_biases": biases, "unit_rows": None if usual else rows})
-        if any(self.family.module(module).inputs for module in MODULES):
+        if any(self.family.module(module).inputs for module in modules):
             shape = shape.model_copy(update={"unit_weights": weights})
         if not self.family.attention.unit_tensors or shape.query_heads_per_group == 1:
             return shape
@@ -337,7 +388,7 @@ class Checkpoint(ABC):
                 continue
             rows += count
             weights += count * self._input_width(module, name)
-            biases += count * any(n.endswith(f".{name}.bias") for n in in_layers)
+            biases += count * any(n.endswith(f".{self.family.module(module).bias(name)}") for n in in_layers)
         return rows, biases, weights
 
     def _rows_of_one(self, module: Module, size: Size) -> int:
@@ -356,6 +407,8 @@ class Checkpoint(ABC):
         layers = [self.family.layer.format(i=i) for i in range(shape.num_layers)]
         whole = {f"{layer}.{part}" for layer in layers for part in self.family.untouched_in_layer}
         whole.update(self.family.outside_layers)
+        beside = [part for module in self.family.modules for part in self.family.module(module).beside]
+        expected |= {f"{layer}.{part}": () for layer in layers for part in beside}
         for name in self.tensors:
             if name not in expected and name.rpartition(".")[0] not in whole:
                 yield f"tensor {name} is not known to family {self.family.name}"
@@ -366,7 +419,7 @@ class Checkpoint(ABC):
         yield from (f"{part}.weight" for part in family.outside_layers if not (self.tied and part == family.head))
         announced = {
             part
-            for module in MODULES
+            for module in family.modules
             if self.setting(family.bias_options.get(module, "")) is True
             for part in (family.module(module).output, *family.module(module).producers)
         }
@@ -381,8 +434,17 @@ class Checkpoint(ABC):
                 if part.rpartition(".")[0] != emptied and f"{prefix}.{part}" not in there
             )
             yield from (name for part in announced if (name := f"{prefix}.{part}.bias") in expected)
-        optional = {f".{name}" for module in MODULES for name in family.module(module).unit_tensors}
-        yield from (name for name in expected if name.endswith(".weight") and not name.endswith(tuple(optional)))
+        yield from self._weights_of_modules(shape)
+
+    def _weights_of_modules(self, shape: ModelShape) -> Iterator[str]:
+        """Weights of the projections of all modules that have units, and what goes beside them."""
+        for module in self.family.modules:
+            description = self.family.module(module)
+            parts = [description.weight(name) for name in (description.output, *description.producers)]
+            for i in range(shape.num_layers):
+                if shape.units(i, module):
+                    prefix = self.family.layer.format(i=i)
+                    yield from (f"{prefix}.{part}" for part in (*parts, *description.beside))
 
     def _vocabulary_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Shapes of embedding and head where config.json says them: loaders reserve what it says."""
@@ -396,19 +458,25 @@ class Checkpoint(ABC):
         """Shapes of all weights and possible biases of the projections that pruning touches."""
         expected: dict[str, tuple[int, ...]] = {}
         order = -1 if self.family.transposed else 1
-        for module in MODULES:
+        for module in self.family.modules:
             description, rows = self.family.module(module), self.rows(module)
             for i, layer in enumerate(shape.layers):
-                prefix, channels = self.family.layer.format(i=i), shape.channels(i, module)
-                expected[f"{prefix}.{description.output}.bias"] = (shape.hidden_size,)
+                prefix, channels = f"{self.family.layer.format(i=i)}.", shape.channels(i, module)
+                every = (layer.num_experts,) * description.of_experts
+                turn = -1 if description.transposed else order
+                if self.lacks(i, module):
+                    continue
+                expected[prefix + description.bias(description.output)] = (*every, shape.hidden_size)
+                for name in description.unit_tensors:
+                    if found := self.tensors.get(prefix + name):
+                        expected[found.name] = (rows[name].count(layer), *found.shape[1:]) if channels else found.shape
                 if channels == 0:  # pruned away whole: at most the bias is there
                     continue
-                expected[f"{prefix}.{description.output}.weight"] = (shape.hidden_size, channels)[::order]
+                columns = layer.expert_size if description.of_experts else channels
+                weight = prefix + description.weight(description.output)
+                expected[weight] = (*every, *(shape.hidden_size, columns)[::turn])
                 for name in description.producers:
-                    count = rows[name].count(layer)
-                    expected[f"{prefix}.{name}.weight"] = (count, self._input_width(module, name))[::order]
-                    expected[f"{prefix}.{name}.bias"] = (count,)
-                for name in description.unit_tensors:
-                    if found := self.tensors.get(f"{prefix}.{name}"):
-                        expected[found.name] = (rows[name].count(layer), *found.shape[1:])
+                    count, width = rows[name].count(layer), self._input_width(module, name)
+                    expected[prefix + description.weight(name)] = (*every, *(count, width)[::turn])
+                    expected[prefix + description.bias(name)] = (*every, count)
         return expected

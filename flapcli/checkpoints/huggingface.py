@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.checkpoints.expert_files import Parts, experts_in_files, spec_of
 from flapcli.checkpoints.shards import raw_bytes
 from flapcli.checkpoints.weight_index import index_of, weight_map
 from flapcli.errors import FlapError, first_line
@@ -87,7 +88,7 @@ class FolderCheckpoint(Checkpoint):
         """One tensor by its name in the files."""
 
     @cached_property
-    def stored(self) -> dict[str, TensorSpec]:
+    def _one_by_one(self) -> dict[str, TensorSpec]:
         found: dict[str, TensorSpec] = {}
         for theirs, spec in self.in_files.items():
             name = self.family.own_name(theirs)
@@ -97,11 +98,39 @@ class FolderCheckpoint(Checkpoint):
         return found
 
     @cached_property
+    def stored(self) -> dict[str, TensorSpec]:
+        found, wholes = self._one_by_one, self._experts
+        if not wholes:
+            return found
+        of_experts = {part: whole for whole, experts in wholes.items() for parts in experts for part in parts}
+        return {
+            name: spec_of(name, wholes[name], found) if name in wholes else found[name]
+            for name in dict.fromkeys(of_experts.get(part, part) for part in found)
+        }
+
+    @cached_property
+    def _experts(self) -> dict[str, Parts]:
+        return experts_in_files(self.family, self._one_by_one)
+
+    @cached_property
+    def experts_in_files(self) -> dict[str, Parts]:
+        known = self.name_in_files
+        return {w: [[known[part] for part in parts] for parts in experts] for w, experts in self._experts.items()}
+
+    @cached_property
     def name_in_files(self) -> dict[str, str]:
         return {self.family.own_name(theirs): theirs for theirs in self.in_files}
 
     def read(self, name: str) -> "torch.Tensor":
-        return self.read_from_file(self.name_in_files[name])
+        if not (experts := self.experts_in_files.get(name)):
+            return self.read_from_file(self.name_in_files[name])
+        import torch
+
+        spec = self.stored[name]
+        whole = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+        for place, parts in enumerate(experts):
+            torch.cat([self.read_from_file(part) for part in parts], out=whole[place])
+        return whole
 
     @property
     def _stored_sizes(self) -> list[tuple[str, int]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from flapcli.architecture.shape import MODULES, ModelShape
+from flapcli.architecture.shape import ModelShape
 from flapcli.artifacts.eval_report import SpeedCase, SpeedDetails, Speedup, Spread
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.errors import UsageError
@@ -30,7 +30,7 @@ def macs_per_token(shape: ModelShape, context: float, vocabulary: int = 0) -> in
     hidden_size * `vocabulary`; 0 where it is not computed. Norms, rotations and activations multiply no matrices.
     """
     attention = sum(2 * layer.num_attention_heads * shape.head_dim * context for layer in shape.layers)
-    weights = sum(shape.module_weights(i, module) for i in range(shape.num_layers) for module in MODULES)
+    weights = sum(shape.module_weights(i, module) for i in range(shape.num_layers) for module in shape.modules)
     return round(weights + attention + shape.hidden_size * vocabulary)
 
 

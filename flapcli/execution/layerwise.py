@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flapcli.architecture.shape import MODULES, Module
+from flapcli.architecture.shape import Module
 from flapcli.checkpoints import Checkpoint
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.errors import FlapError
@@ -109,15 +109,15 @@ class LayerwiseModel:
         family = self.checkpoint.family
         prefix = f"{family.layer.format(i=index)}."
         dtypes = {name: p.dtype for name, p in self.model.get_submodule(prefix[:-1]).named_parameters()}
-        norms: Norms = dict.fromkeys(MODULES)
-        outputs = {f"{family.module(module).output}.weight": module for module in MODULES}
+        norms: Norms = dict.fromkeys(family.modules)
+        outputs = {family.output_weight(index, module): module for module in family.modules}
         weights = {}
         for name in self.checkpoint.tensors:
             if name.startswith(prefix):
                 local = name.removeprefix(prefix)
                 tensor = self.checkpoint.read(name)
-                if with_norms and local in outputs:
-                    norms[outputs[local]] = ColumnNorms.of(tensor.T if family.transposed else tensor)
+                if with_norms and name in outputs:
+                    norms[outputs[name]] = ColumnNorms.of(self.checkpoint.as_matrix(outputs[name], tensor))
                 weights[local] = tensor.to(dtypes.get(local, tensor.dtype))
         give_back()
         return weights, norms

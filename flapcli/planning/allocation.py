@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flapcli.architecture.shape import MODULES, ModelShape, Module
+from flapcli.architecture.shape import EVERY_MODULE, MODULES, ModelShape, Module
 from flapcli.errors import UnreachableError, UsageError
 from flapcli.planning.scores import UnitScores
 
@@ -74,15 +74,16 @@ def _al_am(shape: ModelShape, scores: UnitScores, request: Request) -> Counts:
     """Heads and neurons in one list, each weighing its parameters; the lowest go until the share is gone."""
     candidates = _ascending(scores, request)
     target = request.ratio * shape.prunable_weights
-    gone = np.cumsum([0, *(shape.unit_parameters(module) for _, module in candidates)], dtype=np.int64)
+    weights = {key: shape.weights_of_unit(*key) for key in scores}
+    gone = np.cumsum([0, *(weights[key] for key in candidates)], dtype=np.int64)
     if gone[-1] < target:
         raise _unreachable(request, f"at most {gone[-1] / target * request.ratio:.4f} can go")
     return Counter(candidates[: int(np.searchsorted(gone, target))])
 
 
-def _ascending(scores: UnitScores, request: Request, modules: Iterable[Module] = MODULES) -> list[Key]:
+def _ascending(scores: UnitScores, request: Request, modules: Iterable[Module] = EVERY_MODULE) -> list[Key]:
     """The module of every unit that may go, lowest score first; ties: attention before MLP, then layer, unit."""
-    keys = sorted((key for key in scores if key[1] in modules), key=lambda key: (MODULES.index(key[1]), key[0]))
+    keys = sorted((key for key in scores if key[1] in modules), key=lambda key: (EVERY_MODULE.index(key[1]), key[0]))
     owner = np.repeat(np.arange(len(keys)), [len(scores[key]) for key in keys])
     order = owner[np.argsort(np.concatenate([scores[key] for key in keys]), kind="stable")]
     # The last of each module to come up is its best unit, which stays; so drop each module's last.
@@ -94,13 +95,18 @@ def _ascending(scores: UnitScores, request: Request, modules: Iterable[Module] =
 
 def _neurons(budget: float, heads: int, shape: ModelShape, request: Request) -> int:
     """How many neurons go beside `heads` until `budget` parameters are gone."""
-    rest = budget - shape.unit_parameters("attention") * heads
+    rest = budget - _weights(shape, "attention") * heads
     if rest < 0:
         raise UsageError(
             f"--remove-heads {request.remove_heads} alone removes more than --ratio {request.ratio}: "
             "lower the one or raise the other"
         )
     return int(rest / shape.unit_parameters("mlp"))
+
+
+def _weights(shape: ModelShape, module: Module) -> int:
+    """Weights of one of a module's units, in whichever layers have some."""
+    return max(shape.weights_of_unit(i, module) for i in range(shape.num_layers))
 
 
 def _removable(units: int, request: Request) -> int:
@@ -114,11 +120,11 @@ def _unreachable(request: Request, why: str) -> UnreachableError:
 
 def _check_reached(shape: ModelShape, removed: Counts, request: Request) -> None:
     """Raise UnreachableError where multiples keep a structure of the whole model more than a block from the ratio."""
-    blocks: dict[Module, int] = {"attention": request.heads_multiple_of, "mlp": request.round_to}
+    blocks = {m: request.heads_multiple_of if m == "attention" else request.round_to for m in shape.modules}
     if request.structure.startswith("UL") or max(blocks.values()) == 1:
         return
-    gone = sum(count * shape.unit_parameters(module) for (_, module), count in removed.items())
-    largest = max(shape.unit_parameters(module) * block for module, block in blocks.items())
+    gone = sum(count * shape.weights_of_unit(*key) for key, count in removed.items())
+    largest = max(_weights(shape, module) * block for module, block in blocks.items())
     if request.ratio * shape.prunable_weights - gone > largest:
         raise _unreachable(request, f"in these multiples at most {gone / shape.prunable_weights:.4f} can go")
 
@@ -134,13 +140,20 @@ def _to_multiples(shape: ModelShape, scores: UnitScores, removed: Counts, reques
         if request.structure.startswith("AL"):  # the neurons make up for what rounding the heads moved
             gone = sum(shape.units(*key) - count for key, count in kept.items() if key[1] == "attention")
             total = request.ratio * shape.prunable_weights
-            rest = max(total - gone * shape.unit_parameters("attention"), 0.0)
-            lowest = _ascending(scores, request, ("mlp",))[: round(rest / shape.unit_parameters("mlp"))]
-            neurons = Counter(lowest)
-            kept |= {key: shape.units(*key) - neurons[key] for key in kept if key[1] == "mlp"}
-    if request.round_to > 1:
-        kept |= _apportion(kept, "mlp", shape, request.round_to, request)
+            rest = max(total - gone * _weights(shape, "attention"), 0.0)
+            neurons = Counter(_up_to(rest, _ascending(scores, request, EVERY_MODULE[1:]), shape))
+            kept |= {key: shape.units(*key) - neurons[key] for key in kept if key[1] != "attention"}
+    for module in EVERY_MODULE[1:] if request.round_to > 1 else ():
+        kept |= _apportion(kept, module, shape, request.round_to, request)
     return {key: shape.units(*key) - count for key, count in kept.items()}
+
+
+def _up_to(budget: float, candidates: list[Key], shape: ModelShape) -> list[Key]:
+    """The first of the candidates, as many as come nearest to so many weights."""
+    weights = [shape.weights_of_unit(*key) for key in candidates]
+    if len({*weights}) < 2:
+        return candidates[: round(budget / weights[0])] if weights else []
+    return candidates[: int(np.searchsorted(np.cumsum(weights), budget))]
 
 
 def _apportion(counts: Counts, module: Module, shape: ModelShape, multiple: int, request: Request) -> Counts:
@@ -153,7 +166,7 @@ def _apportion(counts: Counts, module: Module, shape: ModelShape, multiple: int,
     least = 0 if request.allow_empty else multiple
     for layer, _ in kept:
         if 0 < (units := shape.units(layer, module)) < multiple and not request.allow_empty:
-            option = "--round-to" if module == "mlp" else "--heads-multiple-of"
+            option = "--heads-multiple-of" if module == "attention" else "--round-to"
             raise UsageError(f"{option} {multiple}: layer {layer}, {module} has only {units} units")
     low = {key: min(max(count // multiple * multiple, least), most[key]) for key, count in kept.items()}
     if request.structure.startswith("UL"):

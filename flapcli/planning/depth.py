@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.stats import Stats
 from flapcli.errors import FlapError, UnreachableError, UsageError
 from flapcli.planning.allocation import Kept, Request
@@ -43,5 +42,7 @@ def drop_layers(stats: Stats, ratio: float) -> Kept:
         raise UnreachableError(f"--ratio {ratio}: it takes all {len(order)} layers to reach it, and one must stay")
     dropped = set(order[:count].tolist())
     return {
-        (i, m): np.arange(0 if i in dropped else shape.units(i, m)) for i in range(shape.num_layers) for m in MODULES
+        (i, m): np.arange(0 if i in dropped else shape.units(i, m))
+        for i in range(shape.num_layers)
+        for m in shape.modules
     }

@@ -1,40 +1,49 @@
-"""Single query heads as units where several groups share keys and values: each group loses equally many.
+"""Units that go in slices: query heads of the groups that share keys and values, neurons of a layer's experts.
 
-Runtimes take the heads of a group by their number, so one of every group goes at once: the lowest of each, then the
-next. For allocation such a slice through the groups is the unit. No torch.
+Runtimes take the heads of a group by their number, and all experts of a layer for one tensor, so one unit of every
+group, or expert, goes at once: the lowest of each, then the next. For allocation such a slice is the unit. No torch.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from flapcli.architecture.shape import MODULES, LayerShape, ModelShape
+from flapcli.architecture.shape import ModelShape, Module
 from flapcli.planning.allocation import Kept, Request, allocate
 from flapcli.planning.scores import UnitScores
 
 
 def allocate_evenly(shape: ModelShape, scores: UnitScores, request: Request) -> Kept:
-    """As `allocate`, and where query heads share keys and values the same number of each group's stay."""
-    groups = max(layer.num_key_value_heads for layer in shape.layers)
-    if shape.attention_unit != "query_head" or groups < 2:
-        return allocate(shape, scores, request)
+    """As `allocate`, and where units go in slices the same number of each group's, or expert's, stay."""
     ranked = {
-        key: np.argsort(values.reshape(groups, -1), axis=1, kind="stable")  # of each group, lowest first
+        key: np.argsort(values.reshape(count, -1), axis=1, kind="stable")  # of each group, lowest first
         for key, values in scores.items()
-        if key[1] == "attention" and len(values)
+        if (count := shape.groups(*key)) > 1 and len(values)
     }
+    if not ranked:
+        return allocate(shape, scores, request)
     in_slices = dict(scores)
     for key, order in ranked.items():
-        in_slices[key] = np.take_along_axis(scores[key].reshape(groups, -1), order, axis=1).mean(axis=0)
-    kept = allocate(_of_slices(shape, groups), in_slices, request)
+        in_slices[key] = _means(np.take_along_axis(scores[key].reshape(len(order), -1), order, axis=1))
+    kept = allocate(Slices.model_validate(shape.model_dump()), in_slices, request)
     for key, order in ranked.items():
-        per_group = order.shape[1]
-        heads = order[:, kept[key]] + per_group * np.arange(groups)[:, None]
-        kept[key] = np.sort(heads.ravel())
+        units = order[:, kept[key]] + order.shape[1] * np.arange(len(order))[:, None]
+        kept[key] = np.sort(units.ravel())
     return kept
 
 
-def _of_slices(shape: ModelShape, groups: int) -> ModelShape:
-    """The model as if a slice were a group, with the weights that a slice has."""
-    layers = tuple(LayerShape(heads, heads // groups, neurons) for heads, _, neurons in shape.layers)
-    weights = {module: shape.unit_parameters(module) for module in MODULES}
-    weights["attention"] *= groups
-    return shape.model_copy(update={"attention_unit": None, "layers": layers, "unit_weights": weights})
+class Slices(ModelShape):
+    """The model as if a slice were a unit."""
+
+    def units(self, layer: int, module: Module) -> int:
+        return super().units(layer, module) // self.groups(layer, module)
+
+    def weights_of_unit(self, layer: int, module: Module) -> int:
+        return super().weights_of_unit(layer, module) * self.groups(layer, module)
+
+
+def _means(ranked: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each slice, (slices,): units without effect (-inf) stand behind all others of their layer, not before them."""
+    finite = ranked[np.isfinite(ranked)]
+    lowest = finite.min() if len(finite) else 0.0
+    means = np.where(np.isfinite(ranked), ranked, lowest).mean(axis=0)
+    return np.where(np.isfinite(ranked).any(axis=0), means, -np.inf)

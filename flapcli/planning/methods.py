@@ -77,8 +77,11 @@ def choose(
     Raises UsageError where the request can't be reached, FlapError where the statistics lack what the method needs.
     """
     scores, settings = None, {}
-    if request.remove_heads is not None and (why := (stats.model.whole or {}).get("attention")):
-        raise UsageError(f"--structure {request.structure}: heads of {stats.model.name} can't go by number: {why}")
+    if request.remove_heads is not None and (stats.model.prunable != MODULES):
+        raise UsageError(
+            f"--structure {request.structure} is for models of heads and MLP neurons; of {stats.model.name} "
+            f"{', '.join(stats.model.prunable)} can be pruned: take UL-UM or AL-AM"
+        )
     if method != "depth":
         scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
         settings = asdict(request) | {"attention_exponent": None if metric in UNIT_METRICS else attention_exponent}
@@ -91,7 +94,7 @@ def choose(
         return {
             (i, m): chosen[i, m] if (i, m) in chosen else np.arange(stats.model.units(i, m))
             for i in range(stats.model.num_layers)
-            for m in MODULES
+            for m in stats.model.modules
         }
 
     ratio = find_ratio(target, stats.model, kept_at) if target else request.ratio

@@ -4,12 +4,15 @@ Metrics of channels make unit scores by the structures' rules; metrics of units 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flapcli.architecture.shape import ModelShape, Module
-from flapcli.artifacts.stats import ModuleStats, Stats
+from flapcli.artifacts.few_tokens import over_experts, shrunk
+from flapcli.artifacts.stats import ExpertStats, ModuleStats, Stats
 from flapcli.errors import FlapError, UsageError
 
 ELIMINATION_WEIGHT = 2.0  # of a head's elimination beside a neuron's Fisher information (METHOD.md, Elimination)
@@ -53,9 +56,18 @@ def fisher_obs(stats: Stats) -> UnitScores:
 
 def _per_parameter(stats: Stats, losses: Mapping[tuple[int, Module], NDArray[np.floating]]) -> UnitScores:
     return {
-        (layer, module): values.astype(np.float64) / stats.model.unit_parameters(module)
+        (layer, module): _spread(stats.modules[layer, module], values.astype(np.float64))
+        / stats.model.unit_parameters(module)
         for (layer, module), values in losses.items()
     }
+
+
+def _spread(stats: ModuleStats, losses: NDArray[Any]) -> NDArray[Any]:
+    """Losses over all tokens, were experts' tokens spread evenly; those that saw few lean towards their layer's."""
+    if not isinstance(stats, ExpertStats) or not len(stats.tokens):
+        return losses
+    of_each = losses.reshape(len(stats.tokens), -1)
+    return shrunk(of_each, over_experts(of_each, stats.tokens).mean(), stats.tokens).ravel()
 
 
 UNIT_METRICS: dict[str, Callable[[Stats], UnitScores]] = {"FISHER": fisher, "FISHER-OBS": fisher_obs}
@@ -78,11 +90,23 @@ def unit_scores(stats: Stats, metric: str, exponent: float, adaptive: bool) -> U
         UNIT_METRICS[metric](stats)
         if metric in UNIT_METRICS
         else {
-            (layer, module): _module_scores(stats.model, module, METRICS[metric](values), exponent, adaptive)
+            (layer, module): _module_scores(stats.model, module, METRICS[metric](_usual(values)), exponent, adaptive)
             for (layer, module), values in stats.modules.items()
         }
     )
     return {key: values for key, values in found.items() if key[1] in stats.model.prunable}
+
+
+def _usual(stats: ModuleStats) -> ModuleStats:
+    """Statistics as metrics read them: those of experts that saw few tokens lean towards their layer's.
+
+    Nothing makes up for the mean of an expert's channel: its mean square stands for its variance (METHOD.md, Experts).
+    """
+    if not isinstance(stats, ExpertStats) or not len(stats.tokens):
+        return stats
+    of_each = stats.square_mean.reshape(len(stats.tokens), -1)
+    square = shrunk(of_each, over_experts(of_each, stats.tokens).mean(), stats.tokens).ravel()
+    return replace(stats, variance=square, square_mean=square)
 
 
 def _module_scores(shape: ModelShape, module: Module, scores: Scores, exponent: float, adaptive: bool) -> Scores:

@@ -9,7 +9,7 @@ from typing import Any
 from flapcli.architecture import modeling_flap
 from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
 from flapcli.architecture.rows import evaluate
-from flapcli.architecture.shape import MODULES, LayerShape, Module, Size
+from flapcli.architecture.shape import OWN_SIZES, LayerShape, Module, Size
 from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
 from flapcli.artifacts.pruned_folder import file_sizes
@@ -18,6 +18,10 @@ from flapcli.pruning.layout import Layout
 from flapcli.pruning.slicing import FitReport
 from flapcli.storage.dtypes import TABLE
 
+SIZE: dict[Module, Size] = {
+    "attention": "num_attention_heads", "mlp": "intermediate_size", "shared_expert": "shared_expert_size",
+    "experts": "expert_size",
+}  # fmt: skip
 MODELING, TOKENIZER = "modeling_flap.py", "tokenizer_config.json"
 
 
@@ -39,16 +43,18 @@ def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
     """What config.json says under `flap`."""
     family, layers, before = layout.checkpoint.family, layout.layers, layout.checkpoint.flap
     place = family.layer.removesuffix(".{i}")
-    biases = {family.module(module).output for module in MODULES} if layout.adds_bias else set()
-    errors = {module: [report.errors.get((i, module)) for i in layers.source_indices] for module in MODULES}
+    outputs = {family.module(module).output for module in family.modules} if layout.adds_bias else set()
+    biases = {output for output in outputs if _is_there(layout, f"{output}.bias")}
+    errors = {module: [report.errors.get((i, module)) for i in layers.source_indices] for module in family.modules}
     sizes: dict[str, Any] = {size: [getattr(layer, size) for layer in layout.sizes] for size in LayerShape._fields}
+    sizes = {size: values for size, values in sizes.items() if size in OWN_SIZES or any(values)}
     return FlapSection(
         **sizes,
         biases=sorted(biases | set(before.biases if before else [])),
         parameters=sum(prod(spec.shape) for spec in layout.specs),
         source_layers=list(layers.source_indices) if layers.config_fields else None,
         output_error=errors if report.errors else None,
-        modules=None if layout.stock else [module_layout(layout, module) for module in MODULES],
+        modules=None if layout.stock else [module_layout(layout, module) for module in family.modules],
         decoder_layers=None if layout.stock or place == "model.layers" else place,
         made_by=made_by,
     )
@@ -81,11 +87,13 @@ def module_layout(layout: Layout, module: Module) -> ModuleLayout:
     """The family's description of a module as modeling_flap.py reads it, so that it knows no family itself."""
     checkpoint, sizes = layout.checkpoint, layout.sizes
     description, rows = checkpoint.family.module(module), checkpoint.rows(module)
-    size: Size = "intermediate_size" if module == "mlp" else "num_attention_heads"
+    size = SIZE[module]
     per_size = {name: next(iter(rows[name].per.items())) for name in description.producers}
     per: dict[str, int] = {counted: number for counted, number in per_size.values()}
-    per_channel = 1 if module == "mlp" else checkpoint.shape.head_dim
-    plain = all(rows[name].per == {counted: per_channel} for name, (counted, _) in per_size.items())
+    per_channel = checkpoint.shape.head_dim if module == "attention" else 1
+    plain = not description.of_experts and all(
+        rows[name].per == {counted: per_channel} for name, (counted, _) in per_size.items()
+    )
     tensors = {n: [rows[n].count(layer) for layer in sizes] for n in description.unit_tensors if _is_there(layout, n)}
     attributes = {path: _follow(layout, expression) for path, expression in description.attributes.items()}
     has_arguments = bool(description.head_arguments) and any(layer[0] != checkpoint.sizes[size] for layer in sizes)
@@ -99,6 +107,8 @@ def module_layout(layout: Layout, module: Module) -> ModuleLayout:
         else [getattr(layer, size) * per_channel for layer in sizes],
         unit_tensors=tensors or None,
         attributes={path: values for path, values in attributes.items() if values} or None,
+        experts=[layer.num_experts for layer in sizes] if description.of_experts else None,
+        transposed=description.transposed or None,
         head_arguments=description.head_arguments if has_arguments else None,
         kept_heads=_kept_heads(layout) if has_arguments else None,
         adds_residual=description.adds_residual or None,
@@ -113,8 +123,9 @@ def _follow(layout: Layout, expression: str) -> list[int] | None:
     """An attribute's value in every layer, 0 in one without units; None where it is the dense model's in all."""
 
     def value(layer: LayerShape) -> int:
-        heads, groups, _ = layer
-        known = layout.checkpoint.sizes | layer._asdict() | {"query_heads_per_group": heads // max(groups, 1)}
+        heads, groups = layer[:2]
+        known = layout.checkpoint.values(expression) | layer._asdict()
+        known |= {"query_heads_per_group": heads // max(groups, 1)}
         return evaluate(expression, known)
 
     values, dense = [value(layer) for layer in layout.sizes], value(_dense(layout.checkpoint))
@@ -122,7 +133,7 @@ def _follow(layout: Layout, expression: str) -> list[int] | None:
 
 
 def _dense(checkpoint: Checkpoint) -> LayerShape:
-    return LayerShape(*(checkpoint.sizes[size] for size in LayerShape._fields))
+    return LayerShape(*(checkpoint.sizes.get(size, 0) for size in LayerShape._fields))
 
 
 def _kept_heads(layout: Layout) -> list[list[int]]:

@@ -6,10 +6,13 @@ P pruned, K kept channels of one output projection with weight W (out, channels)
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flapcli.architecture.flap_section import adds_bias
-from flapcli.artifacts.stats import Stats
+from flapcli.artifacts.few_tokens import over_experts, shrunk
+from flapcli.artifacts.stats import ExpertStats, Stats
 from flapcli.pruning.cut import ModuleCut
 from flapcli.storage.linear_algebra import cholesky_factor, solve_in_place
 
@@ -180,10 +183,36 @@ class ClosedForm:
             return Fit(torch.zeros(0, 0), None)
         if self.kind == "none" or self.stats is None:
             return Fit(weight[:, cut.kept], None)
+        if cut.module == "experts":
+            return self._fit_experts(weight, cut)
         mean = self.mean(cut)
         if self.kind == "bias":
             return mean_bias(weight, cut.kept, cut.pruned, mean)
         return least_squares(weight, cut.kept, cut.pruned, mean, self.gram(cut), self.ridge, self.lstsq_bias)
+
+    def _fit_experts(self, weight: torch.Tensor, cut: ModuleCut) -> Fit:
+        """Least squares expert by expert, without bias, which would act in every token that comes by; else nothing."""
+        count = len(cut.stays["num_experts"])
+        of_each = weight.unflatten(1, (count, -1))
+        if self.kind == "bias":
+            return Fit(weight[:, cut.kept], None)
+        stats = self._stats.modules[cut.layer, "experts"]
+        means, grams = torch.from_numpy(stats.mean).view(count, -1), torch.from_numpy(self._gram_of_experts(cut.layer))
+        fits = [
+            least_squares(of_each[:, i], kept, pruned, means[i], grams[i], self.ridge, with_bias=False)
+            for i, kept, pruned in cut.experts
+        ]
+        return Fit(torch.cat([weight[:, :0].double(), *(fit.weight for fit in fits)], dim=1), None)
+
+    def _gram_of_experts(self, layer: int) -> NDArray[np.float32]:
+        """Gram matrices (experts, neurons, neurons); few tokens' lean towards those of like, unrelated channels."""
+        found = self._stats.modules[layer, "experts"]
+        grams = self._stats.gram(layer, "experts")
+        if not isinstance(found, ExpertStats):
+            raise TypeError("experts without their counts of tokens")
+        square = found.square_mean.reshape(len(found.tokens), -1).mean(axis=1)
+        alike = over_experts(square, found.tokens) * np.eye(grams.shape[1], dtype=np.float32)
+        return shrunk(grams, alike, found.tokens)
 
     def mean(self, cut: ModuleCut) -> torch.Tensor:
         """Mean of the module's channels, float32 (channels,)."""

@@ -21,6 +21,16 @@ class ModuleCut:
     kept: torch.Tensor
     pruned: torch.Tensor
 
+    @property
+    def experts(self) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Of experts those that stay: each one's number and which of its own channels are kept and pruned."""
+        of_each = self.stays["expert_size"].reshape(len(self.stays["num_experts"]), -1)
+        return [
+            (expert, torch.from_numpy(np.flatnonzero(stays)), torch.from_numpy(np.flatnonzero(~stays)))
+            for expert, stays in enumerate(of_each)
+            if stays.any()
+        ]
+
 
 def cut_of(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module) -> ModuleCut:
     """What the plan keeps of a module, as channels of its output projection."""
@@ -34,9 +44,9 @@ def cut_of(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module) -> Mo
 def read_output(checkpoint: Checkpoint, cut: ModuleCut) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Weight (out, channels) and bias (out,) of the module's output projection; None where it has none."""
     prefix = checkpoint.family.output(cut.layer, cut.module)
-    there = [f"{prefix}.{part}" in checkpoint.tensors for part in ("weight", "bias")]
-    weight = checkpoint.read_output(cut.layer, cut.module) if there[0] else None
-    return weight, checkpoint.read(f"{prefix}.bias") if there[1] else None
+    is_there = checkpoint.family.output_weight(cut.layer, cut.module) in checkpoint.tensors
+    weight = checkpoint.read_output(cut.layer, cut.module) if is_there else None
+    return weight, checkpoint.read(f"{prefix}.bias") if f"{prefix}.bias" in checkpoint.tensors else None
 
 
 def scatter(values: torch.Tensor, kept: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import Plan
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
@@ -35,7 +34,7 @@ def kept_layers_of(checkpoint: Checkpoint, plan: Plan, adds_bias: bool, masked: 
     are. Raises FlapError where config.json has another number of entries for layers than layers.
     """
     every = tuple(range(checkpoint.shape.num_layers))
-    empty = [i for i in every if not any(len(plan.kept(i, module)) for module in MODULES)]
+    empty = [i for i in every if not any(len(plan.kept(i, module)) for module in plan.modules)]
     acting = tuple(i for i in empty if adds_bias or checkpoint.family.norms_stream or _has_bias(checkpoint, i))
     dropped = set(empty) - set(acting)
     if masked or not dropped or len(dropped) == len(every):
@@ -45,7 +44,8 @@ def kept_layers_of(checkpoint: Checkpoint, plan: Plan, adds_bias: bool, masked: 
 
 
 def _has_bias(checkpoint: Checkpoint, layer: int) -> bool:
-    return any(f"{checkpoint.family.output(layer, module)}.bias" in checkpoint.tensors for module in MODULES)
+    family = checkpoint.family
+    return any(f"{family.output(layer, module)}.bias" in checkpoint.tensors for module in family.modules)
 
 
 def _config_fields(checkpoint: Checkpoint, kept: tuple[int, ...]) -> dict[str, Any]:
@@ -73,4 +73,7 @@ def _config_fields(checkpoint: Checkpoint, kept: tuple[int, ...]) -> dict[str, A
             fields[key] = sum(i < first for i in kept)
     for key, power in family.depth_scales.items():
         fields[key] = checkpoint.setting(key) * (len(kept) / count) ** power
+    for key, value in family.patterns.items():
+        without = [place for place, i in enumerate(kept) if checkpoint.lacks(i, "experts")]
+        fields[key] = without if value is None else value
     return fields

@@ -7,9 +7,11 @@ and for every tensor its final name, shape and dtype and how it is made. `slicin
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from flapcli.architecture.shape import MODULES, LayerShape, Module
+from flapcli.architecture.rows import RowMap
+from flapcli.architecture.shape import LayerShape, Module
 from flapcli.artifacts.plan import Plan, pruned_layers
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
@@ -43,16 +45,33 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class ExpertRows:
+    """Some experts of a source tensor of all of them, and of each some rows, (experts, rows), at `axis` of an expert's.
+
+    `files` are what is written where they are stored one by one, expert by expert, in parts of equally many rows.
+    """
+
+    spec: TensorSpec
+    files: tuple[TensorSpec, ...]
+    source: str
+    experts: list[int]
+    rows: torch.Tensor
+    axis: int
+
+
+@dataclass(frozen=True)
 class Output:
     """The columns of an output projection that are kept, and its bias: made together, since a fit decides both.
 
-    None where the pruned checkpoint has no such tensor. `transposed`: the weight is written (channels, out).
+    None where the pruned checkpoint has no such tensor. `transposed`: the weight is written (channels, out). `files` as
+    in `ExpertRows`.
     """
 
     weight: TensorSpec | None
     bias: TensorSpec | None
     cut: ModuleCut
     transposed: bool
+    files: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,11 +81,13 @@ class Zeros:
     spec: TensorSpec
 
 
-Step = Copy | Rows | Output | Zeros
+Step = Copy | Rows | ExpertRows | Output | Zeros
 
 
 def specs_of(step: Step) -> list[TensorSpec]:
     """The tensors that a step makes, in the order they are written."""
+    if isinstance(step, ExpertRows | Output) and step.files:
+        return list(step.files)
     if isinstance(step, Output):
         return [spec for spec in (step.weight, step.bias) if spec]
     return [step.spec]
@@ -114,6 +135,7 @@ def layout_of(checkpoint: Checkpoint, plan: Plan, options: ApplyOptions, adds_bi
     `options.dtype` None keeps every tensor's own. Raises FlapError for weights that can't be sliced.
     """
     _refuse_dtypes(checkpoint)
+    _refuse_masked_experts(checkpoint, plan, options)
     masked = options.mask_only
     layers = kept_layers_of(checkpoint, plan, adds_bias, masked)
     every = checkpoint.shape.layers if masked else pruned_layers(plan, checkpoint.shape)
@@ -132,6 +154,14 @@ def _refuse_dtypes(checkpoint: Checkpoint) -> None:
     for spec in checkpoint.tensors.values():
         if spec.dtype not in SLICED:
             raise FlapError(f"{checkpoint.name}: tensor {spec.name} is {spec.dtype}; flap slices {', '.join(SLICED)}")
+
+
+def _refuse_masked_experts(checkpoint: Checkpoint, plan: Plan, options: ApplyOptions) -> None:
+    """Raise FlapError where experts go, to which the router would go on to send tokens."""
+    for layer, sizes in enumerate(checkpoint.shape.layers if options.mask_only else ()):
+        kept = checkpoint.shape.sizes_of(layer, "experts", plan.kept(layer, "experts"))["num_experts"]
+        if 0 < kept < sizes.num_experts:
+            raise FlapError(f"--mask-only zeroes neurons, and the plan drops experts of layer {layer}: leave it out")
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
@@ -158,7 +188,7 @@ class _Steps:
         special: dict[str, Step] = {}
         skipped: set[str] = set()
         for layer in self.layers.source_indices:
-            for module in MODULES:
+            for module in self.checkpoint.family.modules:
                 cut = cut_of(self.checkpoint, self.plan, layer, module)
                 special |= self._producers(cut) | self._output(cut)
                 skipped |= self._replaced(cut)
@@ -175,7 +205,11 @@ class _Steps:
         if len(cut.kept) + len(cut.pruned) == 0 or (len(cut.kept) == 0 and not self.masked):
             return found
         prefix, producers = family.layer.format(i=cut.layer), family.module(cut.module).producers
+        of_experts = family.module(cut.module).of_experts
         for local, row_map in self.checkpoint.rows(cut.module).items():
+            if of_experts and local in producers:
+                found |= self._expert_rows(cut, local, row_map)
+                continue
             rows = torch.from_numpy(row_map.indices(cut.stays))
             for name in [f"{local}.weight", f"{local}.bias"] if local in producers else [local]:
                 if spec := self.checkpoint.tensors.get(f"{prefix}.{name}"):
@@ -185,8 +219,61 @@ class _Steps:
                     found[spec.name] = Rows(self._written(spec.name, tuple(after), spec.dtype), spec.name, rows, axis)
         return found
 
+    def _expert_rows(self, cut: ModuleCut, local: str, row_map: RowMap) -> dict[str, Step]:
+        """A producing projection of all experts, and its bias."""
+        description, found = self.checkpoint.family.module(cut.module), dict[str, Step]()
+        prefix = f"{self.checkpoint.family.layer.format(i=cut.layer)}."
+        size = len(cut.stays["expert_size"]) // len(cut.stays["num_experts"])
+        of_each = cut.stays["expert_size"].reshape(-1, size)
+        kept = [expert for expert, _, _ in cut.experts]
+        rows = torch.tensor(np.array([row_map.indices({"expert_size": of_each[expert]}) for expert in kept]))
+        for name, axis in (
+            (description.weight(local), -1 if description.transposed else 0),
+            (description.bias(local), 0),
+        ):
+            if spec := self.checkpoint.tensors.get(prefix + name):
+                found[spec.name] = self._of_experts(spec, kept, rows, axis, len(row_map.blocks))
+        return found
+
+    def _of_experts(self, spec: TensorSpec, kept: list[int], rows: torch.Tensor, axis: int, parts: int) -> ExpertRows:
+        after = [len(kept), *spec.shape[1:]]
+        after[axis % (len(after) - 1) + 1] = spec.shape[axis % (len(after) - 1) + 1] if self.masked else rows.shape[1]
+        written = self._written(spec.name, tuple(after), spec.dtype)
+        return ExpertRows(written, self._files(spec, written, parts), spec.name, kept, rows, axis)
+
+    def _files(self, source: TensorSpec, written: TensorSpec, parts: int) -> tuple[TensorSpec, ...]:
+        """What a stock folder holds for a tensor of all experts where the source's hold it expert by expert."""
+        known = self.checkpoint.experts_in_files.get(str(self._final_name(source.name))) if self.is_stock else None
+        experts, rows, columns = written.shape if known else (0, 0, 0)
+        return tuple(
+            TensorSpec(name, (rows // parts, columns), written.dtype)
+            for names in (known or [])[:experts]
+            for name in names
+        )
+
+    def _output_of_experts(self, cut: ModuleCut) -> dict[str, Step]:
+        """The output projection of the experts that stay, each one's kept columns, and their biases as they are."""
+        description, shape = self.checkpoint.family.module(cut.module), self.checkpoint.shape
+        kept, prefix = [expert for expert, _, _ in cut.experts], f"{self.checkpoint.family.layer.format(i=cut.layer)}."
+        if not (source := self.checkpoint.tensors.get(prefix + description.weight(description.output))) or not kept:
+            return {}
+        columns = source.shape[1 if description.transposed else 2] if self.masked else len(cut.kept) // len(kept)
+        sizes = (shape.hidden_size, columns)[:: -1 if description.transposed else 1]
+        weight = self._written(source.name, (len(kept), *sizes), source.dtype)
+        found: dict[str, Step] = {
+            source.name: Output(weight, None, cut, description.transposed, self._files(source, weight, 1))
+        }
+        if bias := self.checkpoint.tensors.get(prefix + description.bias(description.output)):
+            every = torch.arange(shape.hidden_size).expand(len(kept), -1)
+            found[bias.name] = self._of_experts(bias, kept, every, 0, 1)
+        return found
+
     def _output(self, cut: ModuleCut) -> dict[str, Step]:
         """The output projection and its bias, under the name of the first of them that is written."""
+        if self.checkpoint.lacks(cut.layer, cut.module):
+            return {}
+        if self.checkpoint.family.module(cut.module).of_experts:
+            return self._output_of_experts(cut)
         prefix = self.checkpoint.family.output(cut.layer, cut.module)
         weight_name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
         source, hidden_size = self.checkpoint.tensors.get(weight_name), self.checkpoint.shape.hidden_size
@@ -209,8 +296,9 @@ class _Steps:
         family = self.checkpoint.family
         prefix, description = family.layer.format(i=cut.layer), family.module(cut.module)
         parts = [description.output, *description.producers]
-        found = {f"{prefix}.{part}.{suffix}" for part in parts for suffix in ("weight", "bias")}
-        found |= {f"{prefix}.{name}" for name in description.unit_tensors}
+        found = {f"{prefix}.{name(part)}" for part in parts for name in (description.weight, description.bias)}
+        if len(cut.kept) or not description.of_experts:  # the router of none goes on
+            found |= {f"{prefix}.{name}" for name in description.unit_tensors}
         if not self.masked and len(cut.kept) == 0 and cut.module == "attention":
             inside = f"{prefix}.{description.output.rpartition('.')[0]}."
             found |= {name for name in self.checkpoint.tensors if name.startswith(inside)}

@@ -95,6 +95,8 @@ class LayerInputs:
         self.of: dict[str, torch.Tensor] = {}
         self._until: Module | None = None
         paths: dict[str, str] = {module: family.module(module).output for module in MODULES}
+        if family.experts:
+            raise FlapError(f"--sequential fits no experts, which family {family.name} has: leave it out")
         if family.between_modules is None:
             raise FlapError(
                 f"--sequential fits attention before the MLP, which stand side by side in family {family.name}: leave "

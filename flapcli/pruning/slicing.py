@@ -12,7 +12,7 @@ from flapcli.errors import FlapError
 from flapcli.progress import Progress
 from flapcli.pruning.compensation import Compensation
 from flapcli.pruning.cut import read_output, scatter
-from flapcli.pruning.layout import Copy, Layout, Output, Rows, Step, Zeros, specs_of
+from flapcli.pruning.layout import Copy, ExpertRows, Layout, Output, Rows, Step, Zeros, specs_of
 from flapcli.storage.atomic import require_space
 from flapcli.storage.dtypes import dtype_name, torch_dtype
 from flapcli.storage.safetensors_file import TensorSpec
@@ -65,10 +65,25 @@ def make(step: Step, layout: Layout, compensation: Compensation, report: FitRepo
         case Rows():
             rows = read(step.source).index_select(step.axis, step.rows)
             return [scatter(rows, step.rows, step.axis, step.spec.shape) if layout.masked else rows]
+        case ExpertRows():
+            whole = read(step.source)
+            of_each = [whole[i].index_select(step.axis, rows) for i, rows in zip(step.experts, step.rows, strict=True)]
+            if layout.masked:
+                found = zip(of_each, step.rows, strict=True)
+                of_each = [scatter(kept, rows, step.axis, tuple(whole.shape[1:])) for kept, rows in found]
+            return _in_files(torch.stack(of_each), step)
         case Zeros():
             return [torch.zeros(step.spec.shape)]
         case Output():
             return _output(step, layout, compensation, report)
+
+
+def _in_files(whole: torch.Tensor, step: ExpertRows | Output) -> list[torch.Tensor]:
+    """A tensor of all experts, as it is written."""
+    if not step.files:
+        return [whole]
+    parts = [part for expert in whole for part in expert.split(step.files[0].shape[0])]
+    return [part.contiguous() for part in parts]
 
 
 def _output(step: Output, layout: Layout, compensation: Compensation, report: FitReport) -> list[torch.Tensor]:
@@ -81,6 +96,11 @@ def _output(step: Output, layout: Layout, compensation: Compensation, report: Fi
     if fit.raised is not None:
         report.raised[cut.layer, cut.module] = fit.raised
     made = []
+    if step.weight and cut.module == "experts":
+        channels = len(cut.kept) + len(cut.pruned)
+        columns = scatter(fit.weight, cut.kept, 1, (len(fit.weight), channels)) if layout.masked else fit.weight
+        of_each = columns.unflatten(1, (len(cut.experts), -1)).movedim(1, 0)
+        return _in_files(of_each.mT if step.transposed else of_each, step)
     if step.weight:
         columns = fit.weight.T if step.transposed else fit.weight
         if weight is None:

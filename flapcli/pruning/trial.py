@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flapcli.architecture.shape import MODULES, LayerShape, ModelShape
+from flapcli.architecture.shape import LayerShape, ModelShape, Module
 from flapcli.artifacts.plan import Plan, StatsRef, build_plan
 from flapcli.checkpoints import Checkpoint
 from flapcli.execution.device import Runtime
@@ -64,10 +64,14 @@ def _compare(
     module = sliced.get_submodule(family.layer.format(i=layer.index))
     module.load_state_dict({name: value.to(states.device) for name, value in tensors.items()}, assign=True)
     small = _output(layerwise, replace(layer, module=module), states)
-    for kind in MODULES:
-        cut = cut_of(layout.checkpoint, layout.plan, layer.index, kind)
-        weight = layer.module.get_submodule(family.module(kind).output).weight
-        (weight.T if family.transposed else weight)[:, cut.pruned] = 0  # type: ignore[operator]
+    for kind in (m for m in family.modules if not layout.checkpoint.lacks(layer.index, m)):
+        cut, description = cut_of(layout.checkpoint, layout.plan, layer.index, kind), family.module(kind)
+        weight = layer.module.get_parameter(description.weight(description.output)).detach()
+        if kind == "experts":
+            for expert, _, pruned in cut.experts:
+                (weight[expert].T if description.transposed else weight[expert])[:, pruned] = 0
+            continue
+        (weight.T if family.transposed else weight)[:, cut.pruned] = 0
     masked = _output(layerwise, layer, states)
     scale = (masked - states).std().clamp_min(torch.finfo(torch.float32).tiny)
     return Trial(layer.index, float((small - masked).abs().max() / scale))
@@ -86,18 +90,13 @@ def _output(layerwise: LayerwiseModel, layer: Layer, states: torch.Tensor) -> to
 def _plan_of(shape: ModelShape, layers: list[int]) -> Plan:
     """A plan that keeps every other unit in these layers, groups of query heads alike, and all elsewhere."""
 
-    def kept(layer: int, units: int) -> np.ndarray:
-        if layer not in layers or units < 2:
-            return np.arange(units)
-        groups = shape.layers[layer].num_key_value_heads if units == shape.layers[layer].num_attention_heads else 1
-        apart = np.arange(units).reshape(max(groups, 1), -1) if shape.attention_unit else np.arange(units)[None]
-        return apart[:, ::2].ravel()
+    def kept(layer: int, module: Module) -> np.ndarray:
+        units = np.arange(shape.units(layer, module))
+        if layer not in layers or module not in shape.prunable or not len(units):
+            return units
+        return units.reshape(shape.groups(layer, module), -1)[:, ::2].ravel()
 
-    units = {
-        (i, m): kept(i, shape.units(i, m)) if m in shape.prunable else np.arange(shape.units(i, m))
-        for i in range(shape.num_layers)
-        for m in MODULES
-    }
+    units = {(i, m): kept(i, m) for i in range(shape.num_layers) for m in shape.modules}
     return build_plan(
         shape, StatsRef(path="", sha256=""), units, 0.5, method="flap", metric="WIFV", structure="AL-AM", settings={}
     )
@@ -107,7 +106,7 @@ def _sliced_model(layout: Layout, runtime: Runtime) -> torch.nn.Module:
     """The model in the layout's sizes, all its weights on the meta device."""
     place = layout.checkpoint.family.layer.removesuffix(".{i}")
     flap = {size: [getattr(layer, size) for layer in layout.sizes] for size in LayerShape._fields}
-    modules = [module_layout(layout, kind).model_dump(exclude_none=True) for kind in MODULES]
+    modules = [module_layout(layout, m).model_dump(exclude_none=True) for m in layout.checkpoint.family.modules]
     section = flap | {"modules": modules, "biases": [], "decoder_layers": place}
     return empty_model(layout.checkpoint, runtime.dtype, runtime.device, section)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.eval_report import EvalReport, Measurement, load_report
 from flapcli.artifacts.plan import Plan, format_ranges, load_plan
 from flapcli.artifacts.pruned_folder import found_pruned
@@ -96,14 +95,17 @@ def diff(one: Plan, two: Plan) -> dict[str, Any]:
 
     Each layer that differs: {layer, module: {only_first, only_second}} as ranges of unit indices.
     """
-    sizes = [[(layer.attention.of, layer.attention.unit, layer.mlp.of) for layer in plan.layers] for plan in (one, two)]
+    sizes = [
+        [[(part.of, part.unit) for part in map(layer.module, plan.modules)] for layer in plan.layers]
+        for plan in (one, two)
+    ]
     if sizes[0] != sizes[1]:
         raise FlapError(f"the plans are of models of unlike sizes: {one.model.name} and {two.model.name}")
     layers = []
-    totals = {module: {"kept_by_both": 0, "only_first": 0, "only_second": 0} for module in MODULES}
+    totals = {module: {"kept_by_both": 0, "only_first": 0, "only_second": 0} for module in one.present}
     for index in range(len(one.layers)):
         row: dict[str, Any] = {"layer": index}
-        for module in MODULES:
+        for module in one.present:
             first, second = one.kept(index, module), two.kept(index, module)
             only = {"only_first": np.setdiff1d(first, second), "only_second": np.setdiff1d(second, first)}
             for name, units in {"kept_by_both": np.intersect1d(first, second), **only}.items():

@@ -7,7 +7,6 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import parse_ranges
 from flapcli.views.terminal import out
 
@@ -48,10 +47,10 @@ def show_difference(found: dict[str, Any], first: str, second: str) -> None:
         out.print(Text(f"{name}: {figure(one)} -> {figure(two)}"))
     if found["layers"]:
         caption = f"- kept by {first} alone, + kept by {second} alone"
-        columns = (Column("layer", justify="right"), *(Column(module, overflow="fold") for module in MODULES))
+        columns = (Column("layer", justify="right"), *(Column(module, overflow="fold") for module in found["totals"]))
         table = Table(*columns, caption=caption, caption_justify="left")
         for row in found["layers"]:
-            table.add_row(str(row["layer"]), *(_changes(row.get(module)) for module in MODULES))
+            table.add_row(str(row["layer"]), *(_changes(row.get(module)) for module in found["totals"]))
         out.print(table)
     for module, total in found["totals"].items():
         out.print(

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from flapcli.architecture.shape import MODULES, Module
+from flapcli.architecture.shape import Module
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
 from flapcli.artifacts.reuse import refuse_other
@@ -33,20 +33,21 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"], "legend.frameon": False,
 }  # fmt: skip
+TITLES = {"attention": "Attention", "mlp": "MLP", "shared_expert": "Shared expert", "experts": "Experts"}
 
 
 def kept_picture(plan: Plan) -> Figure:
     """Layers from top to bottom, both modules side by side: which attention units stay, and what share of the MLP."""
     figure = Figure(figsize=(4.8, max(2.2, 0.9 + 0.13 * len(plan.layers))), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, module in zip(panels, MODULES, strict=True):
+    panels = figure.subplots(1, len(plan.present), sharey=True, squeeze=False)[0]
+    for axes, module in zip(panels, plan.present, strict=True):
         units = [layer.module(module).of for layer in plan.layers]
         if max(units) <= CELLS:
             _cells(axes, plan, module, max(units))
         else:
             _shares(axes, plan, module)
         kept, of = sum(plan.counts(module)), sum(units)
-        axes.set_title(f"{'Attention' if module == 'attention' else 'MLP'}: {kept / of:.0%} kept" if of else module)
+        axes.set_title(f"{TITLES[module]}: {kept / of:.0%} kept" if of else module)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(len(plan.layers) - 0.5, -0.5)
@@ -86,17 +87,18 @@ def score_picture(stats: Stats, plan: Plan) -> Figure | None:
     adaptive = plan.structure.startswith("AL") and plan.metric in METRICS
     scores = unit_scores(stats, plan.metric, exponent, adaptive)
     figure = Figure(figsize=(4.8, 2.5), layout="constrained")
-    for axes, module in zip(figure.subplots(1, 2), MODULES, strict=True):
+    modules = [module for module in plan.present if (0, module) in scores]
+    for axes, module in zip(figure.subplots(1, len(modules), squeeze=False)[0], modules, strict=True):
         kept, gone = [], []
         for layer in range(len(plan.layers)):
             values = scores[layer, module] if adaptive else standardise(scores[layer, module])
             kept.append(values[plan.kept(layer, module)])
             gone.append(np.delete(values, plan.kept(layer, module)))
         _histogram(axes, np.concatenate(kept), np.concatenate(gone))
-        axes.set_title("Attention" if module == "attention" else "MLP")
+        axes.set_title(TITLES[module])
         axes.set_xlabel(f"{plan.metric}, standardised in its layer")
     figure.axes[0].set_ylabel("units")
-    figure.axes[1].legend(loc="upper right")
+    figure.axes[-1].legend(loc="upper right")
     return figure
 
 

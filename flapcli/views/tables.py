@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
-from flapcli.architecture.shape import MODULES, Module
+from flapcli.architecture.shape import Module
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, format_ranges
 from flapcli.artifacts.pruned_folder import PrunedFolder
@@ -58,12 +58,12 @@ def show_plan(plan: Plan) -> None:
     """A row and two bars per layer, and what it comes to."""
     table = Table(title=f"{plan.method} {plan.metric} {plan.structure} on {plan.model.name}", title_justify="left")
     table.add_column("layer", justify="right")
-    for module in MODULES:
+    for module in plan.present:
         table.add_column(plan.layers[0].module(module).unit + "s", justify="right", no_wrap=True)
         table.add_column(f"{module} kept", no_wrap=True)
-    for layer, *counts in zip(plan.layers, *map(plan.counts, MODULES), strict=True):
+    for layer, *counts in zip(plan.layers, *map(plan.counts, plan.present), strict=True):
         row = [str(layer.index)]
-        for count, of in zip(counts, (layer.module(module).of for module in MODULES), strict=True):
+        for count, of in zip(counts, (layer.module(module).of for module in plan.present), strict=True):
             row += [f"{count}/{of}", _bar(count, of)]
         table.add_row(*row)
     out.print(table)
@@ -113,8 +113,8 @@ def show_folder(folder: PrunedFolder) -> None:
 def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]]) -> None:
     """What least squares gained: share of each projection's output variance lost on the calibration text."""
     title = "output variance lost, with the pruned channels' mean -> least squares"
-    table = Table(*_right("layer", *MODULES), title=title, title_justify="left")
-    for layer, pairs in enumerate(zip(*(errors[module] for module in MODULES), strict=True)):
+    table = Table(*_right("layer", *errors), title=title, title_justify="left")
+    for layer, pairs in enumerate(zip(*errors.values(), strict=True)):
         table.add_row(str(layer), *(f"{pair[0]:.2%} -> {pair[1]:.2%}" if pair else "-" for pair in pairs))
     out.print(table)
 

@@ -52,7 +52,7 @@ def test_sliced_equals_masked(made, flap):
     dense, run = made
     sliced, expected = load_pruned(run / "pruned"), masked_dense(dense, run)
     plan = load_plan(run / "plan.yaml")
-    assert len(set(zip(plan.counts("attention"), plan.counts("mlp"), strict=True))) > 1
+    assert len(set(zip(*map(plan.counts, plan.modules), strict=True))) > 1
     assert plan.parameters.kept < 0.75 * plan.parameters.prunable
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
     torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
@@ -86,13 +86,21 @@ def test_emptied_modules(made, flap):
     dense, run = made
     one = run / "emptied"
     flap("plan", "-d", run, "--out", one / "plan.yaml", "--ratio", "0")
-    edit_keep(one, (0, "attention"), (1, "mlp"), (2, "attention"))
+    feed_forward = load_plan(one / "plan.yaml").modules[1:]
+    edit_keep(one, (0, "attention"), (2, "attention"), *((1, module) for module in feed_forward))
     flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned")
     sliced, expected = load_pruned(one / "pruned"), masked_dense(dense, one, stats=run / "stats.safetensors")
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
     torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
     checked = load_model(open_checkpoint(one / "pruned"), torch.float32, torch.device("cpu"))
     torch.testing.assert_close(logits(checked), logits(sliced), rtol=1e-6, atol=1e-6)
+
+
+def even_experts(shape, layer):
+    """All experts but the second, where one can go, and all but eight neurons of each."""
+    count, size = shape.layers[layer].num_experts, shape.layers[layer].expert_size
+    stay = [expert for expert in range(count) if expert != 1 or shape.every_expert]
+    return ",".join(f"{expert * size}-{(expert + 1) * size - 9}" for expert in stay)
 
 
 def test_stock_where_even(made, flap):
@@ -105,12 +113,17 @@ def test_stock_where_even(made, flap):
     kept["attention"] = "0,2" if unit.of == 3 else kept["attention"]
     if open_checkpoint(str(dense)).shape.whole:
         kept["attention"] = unit.keep
-    for module in MODULES:
-        edit_keep(one, *((layer, module) for layer in range(3)), keep=kept[module])
+    for layer in range(3):
+        for module in MODULES:
+            if load_plan(one / "plan.yaml").layers[layer].module(module).of:
+                edit_keep(one, (layer, module), keep=kept[module])
+        if (shape := open_checkpoint(str(dense)).shape).layers[layer].num_experts:
+            edit_keep(one, (layer, "experts"), keep=even_experts(shape, layer))
     flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned", "--compensate", "none")
     config = json.loads((one / "pruned" / "config.json").read_text())
     family = open_checkpoint(str(dense)).family
-    assert ("auto_map" not in config) == ({"head_dim", "intermediate_size"} <= family.sizes.keys())
+    sayable = {"intermediate_size"} if family.attention.stays_whole else {"head_dim", "intermediate_size"}
+    assert ("auto_map" not in config) == (sayable <= family.sizes.keys())
     expected = masked_dense(dense, one, False, run / "stats.safetensors")
     torch.testing.assert_close(logits(load_pruned(one / "pruned")), logits(expected), **CLOSE)
 

@@ -22,7 +22,9 @@ def test_the_table_names_every_description(flap):
     assert all(row["family"][:6] in shown for row in rows)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "falcon-7b", "bloom", "phi3", "gemma3_text", "opt", "olmo2", "minicpm3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "falcon-7b", "bloom", "phi3", "gemma3_text", "opt", "olmo2", "minicpm3", "mixtral", "qwen2_moe"]
+)
 def test_a_description_is_tried_on_a_checkpoint(name, flap, tmp_path):
     found = json.loads(flap("families", "--check", make_family(tmp_path / "dense", name), "--json").stdout)
     assert [row["layer"] for row in found["layers"]] == [0, 2]

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from flapcli.architecture.shape import MODULES, Module
+from flapcli.architecture.shape import Module
 
 
 def edit_keep(run: Path, *places: tuple[int, Module], keep: str = "") -> None:
@@ -11,7 +11,7 @@ def edit_keep(run: Path, *places: tuple[int, Module], keep: str = "") -> None:
     path = run / "plan.yaml"
     lines = path.read_text().splitlines()
     for layer, module in places:
-        row = next(i for i, line in enumerate(lines) if line.strip() == f"- index: {layer}") + 1 + MODULES.index(module)
-        assert lines[row].strip().startswith(module)
+        start = next(i for i, line in enumerate(lines) if line.strip() == f"- index: {layer}")
+        row = next(i for i in range(start, start + 5) if lines[i].strip().startswith(f"{module}:"))
         lines[row] = re.sub('keep: ".*?"', f'keep: "{keep}"', lines[row])
     path.write_text("\n".join(lines))

@@ -15,6 +15,7 @@ MHA = {"num_attention_heads": 6, "num_key_value_heads": 6}
 MQA = {"num_attention_heads": 6, "num_key_value_heads": 1}
 MLA = {"num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 12, "v_head_dim": 10,
        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOW = {"sliding_window": 5}
 GPT = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 56, "n_positions": 256, "vocab_size": 320, "bos_token_id": 1,
        "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -64,19 +65,23 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "minicpm3": ("minicpm3", SIZES | MLA | {"scale_emb": 2, "dim_model_base": 16}),
     "ministral3": ("ministral3", SIZES | GQA | {"head_dim": 8}),
     "mistral": ("mistral", SIZES | GQA | WINDOW),
+    "mixtral": ("mixtral", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "mpt": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 3, "vocab_size": 320, "max_seq_len": 256}),
     "nanochat": ("nanochat", SIZES | GQA),
     "nemotron": ("nemotron", SIZES | GQA | {"head_dim": 8}),
     "olmo": ("olmo", SIZES | GQA | {"clip_qkv": 1.0}),
     "olmo2": ("olmo2", SIZES | GQA | {"attention_bias": True}),
     "olmo3": ("olmo3", SIZES | GQA | WINDOW | {"intermediate_size": 64}),
+    "olmoe": ("olmoe", SIZES | GQA | {"num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 48}),
     "opt-post-norm": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "persimmon": ("persimmon", SIZES | {"num_attention_heads": 6}),
     "phi": ("phi", SIZES | GQA),
     "phi3": ("phi3", SIZES | GQA),
     "qwen2": ("qwen2", SIZES | GQA),
+    "qwen2_moe": ("qwen2_moe", SIZES | GQA | MOE | {"mlp_only_layers": [1], "shared_expert_intermediate_size": 40}),
     "qwen3": ("qwen3", SIZES | GQA | {"head_dim": 16}),
+    "qwen3_moe": ("qwen3_moe", SIZES | GQA | MOE | {"head_dim": 16, "mlp_only_layers": [0], "norm_topk_prob": True}),
     "seed_oss": ("seed_oss", SIZES | GQA | {"head_dim": 8}),
     "smollm3": ("smollm3", SIZES | GQA),
     "stablelm": ("stablelm", SIZES | GQA | {"use_qkv_bias": True}),

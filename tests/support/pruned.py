@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flapcli.architecture import modeling_flap as modeling
-from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
 from flapcli.checkpoints import open_checkpoint
@@ -33,8 +32,11 @@ def masked_dense(dense_folder, run, bias=True, stats=None, **how):
     model, plan = load_pruned(dense_folder, **how), load_plan(run / "plan.yaml")
     stats, family = load_stats(stats or run / "stats.safetensors"), open_checkpoint(str(dense_folder)).family
     for i in range(len(plan.layers)):
-        for module in MODULES:
+        for module in plan.modules:
             if not (units := plan.layers[i].module(module).of):
+                continue
+            if module == "experts":
+                mask_experts(model.get_submodule(family.layer.format(i=i)), family.experts, plan.kept(i, module))
                 continue
             projection, mean = model.get_submodule(family.output(i, module)), stats.modules[i, module].mean
             gone = torch.ones(units, len(mean) // units, dtype=torch.bool)
@@ -45,6 +47,23 @@ def masked_dense(dense_folder, run, bias=True, stats=None, **how):
             old = 0 if projection.bias is None else projection.bias.detach()
             projection.bias = torch.nn.Parameter(old + owed)
     return model
+
+
+def mask_experts(layer, description, kept):
+    """Zeroes in a layer what pruned neurons of experts put out, and lets the router see the experts that stay alone."""
+    down = layer.get_submodule(description.output.rpartition(".")[0]).down_proj.detach()
+    count, axis = len(down), 1 if description.transposed else 2
+    gone = torch.ones(count, down.shape[axis], dtype=torch.bool)
+    gone.view(-1)[torch.from_numpy(kept)] = False
+    for expert in range(count):
+        down[expert].index_fill_(axis - 1, gone[expert].nonzero().flatten(), 0)
+    stay = (~gone.all(1)).nonzero().flatten()
+    if 0 < len(stay) < count:
+        router = layer.get_submodule(next(iter(description.unit_tensors)).rpartition(".")[0])
+        for name in {name.rpartition(".")[2] for name in description.unit_tensors}:
+            getattr(router, name).data = getattr(router, name).data[stay]
+        router.num_experts, router.top_k = len(stay), min(router.top_k, len(stay))
+        router.register_forward_hook(lambda _module, _inputs, found: (*found[:2], stay[found[2]]))
 
 
 def step_by_step(model, ids=IDS):
