@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.edits import edit_keep
@@ -18,9 +19,13 @@ from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
 from flapcli.checkpoints import open_checkpoint
 from flapcli.errors import FlapError
+from flapcli.evaluation.perplexity import streamed_losses, window_losses
+from flapcli.execution.device import Runtime
 from flapcli.execution.loading import load_model
+from flapcli.progress import Silent
 
 RUNS: dict[str, Path] = {}  # what has been pruned so far
+CPU = torch.device("cpu")
 SMALL = ["--nsamples", "8", "--seqlen", "16", "--dtype", "float32"]
 
 
@@ -92,7 +97,7 @@ def test_emptied_modules(made, flap):
     sliced, expected = load_pruned(one / "pruned"), masked_dense(dense, one, stats=run / "stats.safetensors")
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
     torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
-    checked = load_model(open_checkpoint(one / "pruned"), torch.float32, torch.device("cpu"))
+    checked = load_model(open_checkpoint(one / "pruned"), torch.float32, CPU)
     torch.testing.assert_close(logits(checked), logits(sliced), rtol=1e-6, atol=1e-6)
 
 
@@ -149,17 +154,13 @@ def test_families_that_cannot_be_pruned_say_why():
             family_of(name, {}.get, "a model")
 
 
-def test_streamed_perplexity_is_the_models_own(made, flap, text_file):
-    """Scales, caps and biases of heads included; by the sliced folder, so that its layers are streamed too."""
-    _, run = made
-    text = run / "text.txt"
-    text.write_text(text_file.read_text()[:1000])
-    small = ["--perplexity", text, "--seqlen", "32", "--no-baseline", "--dtype", "float32", "--json"]
-    found = [
-        json.loads(flap("eval", run / "pruned", "--out", run / f"{mode}.json", *small, mode).stdout)["perplexity"]
-        for mode in ("--stream", "--no-stream")
-    ]
-    assert found[0][str(text)] == pytest.approx(found[1][str(text)], rel=1e-5)
+def test_streamed_losses_are_the_models_own(made):
+    """Scales, caps and biases of heads included; of the sliced folder, so that its layers are streamed too."""
+    checkpoint = open_checkpoint(str(made[1] / "pruned"))
+    windows = np.random.default_rng(0).integers(0, checkpoint.vocabulary, (6, 24))
+    model = load_model(checkpoint, torch.float32, CPU)
+    streamed = streamed_losses(checkpoint, windows, Runtime(CPU, torch.float32, 4), Silent(), "streamed")
+    np.testing.assert_allclose(streamed, window_losses(model, windows, 4, Silent()), rtol=1e-5)
 
 
 def test_second_round(made, flap, text_file):
