@@ -66,6 +66,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "ministral3": ("ministral3", SIZES | GQA | {"head_dim": 8}),
     "mistral": ("mistral", SIZES | GQA | WINDOW),
     "mixtral": ("mixtral", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-silent": ("mixtral", SIZES | GQA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mpt": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 3, "vocab_size": 320, "max_seq_len": 256}),
     "nanochat": ("nanochat", SIZES | GQA),
     "nemotron": ("nemotron", SIZES | GQA | {"head_dim": 8}),
