@@ -114,7 +114,7 @@ class Refusal(Record):
 
 class Family(Record):
     """A model family, by its `name`, the model_type of config.json. `sizes` maps our names of sizes to the keys that
-    it has, or to a number that they always are.
+    it has, to a number that they always are, or to a product of keys that tensors are checked by.
 
     `decoder` and `layer` are prefixes of tensor names, the latter with the layer's index. `between_modules` is the
     layer's submodule whose input is the residual stream between attention and MLP; None where both read the same
@@ -206,8 +206,8 @@ class Family(Record):
         `width` is the MLP's as its tensors have it, for a family whose configuration need not say it.
         Raises FlapError that lists every missing size, and every value that is none.
         """
-        keys = {name: key for name, key in self.sizes.items() if isinstance(key, str)}
-        names = (*SIZES, *(name for name in OF_EXPERTS if name in self.sizes))
+        keys = {name: key for name, key in self.sizes.items() if isinstance(key, str) and "*" not in key}
+        names = (*SIZES, *(name for name in OF_EXPERTS if name in keys))
         sizes: dict[str, Any] = {n: setting(keys[n]) if n in keys else self.sizes.get(n) for n in names}
         odd = [f"{keys.get(name)} is {value!r:.80}" for name, value in sizes.items() if not _is_size(name, value)]
         if odd:

@@ -1,6 +1,7 @@
 """Mixture of Experts: what is measured of each expert, neurons and whole experts, and files as their source's."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -101,7 +102,9 @@ def test_least_squares_is_done_expert_by_expert(made, flap):
     assert all(errors["lstsq", expert] < 0.9 * errors["none", expert] for expert in range(4))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v2-experts"]
+)
 def test_whole_experts_leave_a_stock_folder(name, flap, text_file, tmp_path):
     """Files hold experts one by one as the source's do, and the router chooses no more than there are."""
     dense = make_family(tmp_path / "dense", name)
@@ -115,13 +118,13 @@ def test_whole_experts_leave_a_stock_folder(name, flap, text_file, tmp_path):
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert "auto_map" not in config and config["num_experts_per_tok"] == 1
     files, theirs = (set(open_checkpoint(str(folder)).in_files) for folder in (tmp_path / "pruned", dense))
-    assert files < theirs and all(".experts." not in file or ".experts.0." in file for file in files)
+    assert files <= theirs and set(re.findall(r"\.experts\.(\d+)\.", " ".join(files))) <= {"0"}
     stock, told = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
     torch.testing.assert_close(logits(stock.eval()), logits(masked_dense(dense, tmp_path, False)), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
 def test_losses_by_fisher_information_and_by_layers(name, flap, text_file, tmp_path):
     """Streamed ones are those in memory, and plan and slice by them."""
     dense = make_family(tmp_path / "dense", name)
