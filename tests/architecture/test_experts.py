@@ -103,7 +103,8 @@ def test_least_squares_is_done_expert_by_expert(made, flap):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v2-experts"]
+    "name",
+    ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v2-experts", "llama4_text"],
 )
 def test_whole_experts_leave_a_stock_folder(name, flap, text_file, tmp_path):
     """Files hold experts one by one as the source's do, and the router chooses no more than there are."""
@@ -124,7 +125,7 @@ def test_whole_experts_leave_a_stock_folder(name, flap, text_file, tmp_path):
     torch.testing.assert_close(logits(stock.eval()), logits(masked_dense(dense, tmp_path, False)), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4_text"])
 def test_losses_by_fisher_information_and_by_layers(name, flap, text_file, tmp_path):
     """Streamed ones are those in memory, and plan and slice by them."""
     dense = make_family(tmp_path / "dense", name)

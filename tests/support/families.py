@@ -70,6 +70,11 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "jais2": ("jais2", SIZES | GQA),
     "llama": ("llama", SIZES | GQA),
     "minicpm3": ("minicpm3", SIZES | MLA | {"scale_emb": 2, "dim_model_base": 16}),
+    "llama4_text": ("llama4_text", SIZES | GQA | {
+        "head_dim": 8, "intermediate_size": 32, "intermediate_size_mlp": 56, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "moe_layers": [0, 2]}),
+    "minimax_m2": ("minimax_m2", SIZES | GQA | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                                "rotary_dim": 8}),
     "ministral3": ("ministral3", SIZES | GQA | {"head_dim": 8}),
     "mistral": ("mistral", SIZES | GQA | WINDOW),
     "mixtral": ("mixtral", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),

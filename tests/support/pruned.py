@@ -63,11 +63,17 @@ def mask_experts(layer, description, kept):
         experts.down_proj_bias.detach().zero_()
     if 0 < len(stay) < count:
         router = layer.get_submodule(next(iter(description.unit_tensors)).rpartition(".")[0])
-        for name in {name.rpartition(".")[2] for name in description.unit_tensors}:
-            if hasattr(router, name):
-                getattr(router, name).data = getattr(router, name).data[stay]
+        for owner, _, name in (name.rpartition(".") for name in description.unit_tensors):
+            if (tensor := getattr(layer.get_submodule(owner), name, None)) is not None:
+                tensor.data = tensor.data[stay]
         router.num_experts, router.top_k = len(stay), min(router.top_k, len(stay))
-        router.register_forward_hook(lambda _module, _inputs, found: (*found[:2], stay[found[2]]))
+
+        def renumbered(_module, _inputs, found):
+            if len(found) == 3:
+                return *found[:2], stay[found[2]]
+            return found[0].new_zeros(len(found[0]), count).index_copy(1, stay, found[0]), found[1]
+
+        router.register_forward_hook(renumbered)
 
 
 def step_by_step(model, ids=IDS):
