@@ -114,20 +114,20 @@ class Refusal(Record):
 
 class Family(Record):
     """A model family, by its `name`, the model_type of config.json. `sizes` maps our names of sizes to the keys that
-    it has, or to a number that they always are.
+    it has, to a number that they always are, or to a product of keys that tensors are checked by.
 
     `decoder` and `layer` are prefixes of tensor names, the latter with the layer's index. `between_modules` is the
-    layer's submodule whose input is the residual stream between attention and MLP; None where both read the same
-    stream and add to it side by side. `per_layer_lists` are the configuration's lists of one entry for each layer,
+    layer's submodule whose input is the residual stream between attention and MLP; None where both read the same stream
+    and add to it side by side. `per_layer_lists` are the configuration's lists of one entry for each layer,
     `leading_layer_counts` its numbers of first layers that differ from the rest, `depth_scales` its factors that the
-    model divides by this power of the number of layers: what must follow where whole layers are dropped; of its
-    `patterns` of layers without experts, null stands for the list of their indices, and others get the values that let
-    it say all. `untouched_in_layer` (below the layer's prefix) and `outside_layers` hold tensors that pruning leaves
-    whole, the embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to
-    the configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files
-    into those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored
-    (in, out). `norms_stream`: a layer does more to the residual stream than add to it, so that one without units is no
-    layer less. Where there are `experts`, a layer has those modules that its tensors show. `refuses` are values of
+    model divides by this power of the number of layers: what must follow where whole layers are dropped; in its
+    `patterns` of layers `experts` stands for the indices of those that have some, `-experts` of the others.
+    `untouched_in_layer` (below the layer's prefix) and `outside_layers` hold tensors that pruning leaves whole, the
+    embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to the
+    configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files into
+    those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored (in,
+    out). `norms_stream`: a layer does more to the residual stream than add to it, so that one without units is no layer
+    less. Where there are `experts`, a layer has those modules that its tensors show. `refuses` are values of
     config.json that flap can't prune, and why. `follow` are what else of config.json follows the sizes of a stock
     folder, as expressions. `notes` are for people.
     """
@@ -156,7 +156,7 @@ class Family(Record):
     refuses: list[Refusal]
     notes: str
     follow: dict[str, str] = Field(default={})
-    patterns: dict[str, int | None] = Field(default={})
+    patterns: dict[str, int | str] = Field(default={})
     shared_expert: ModuleDescription | None = None
     experts: ModuleDescription | None = None
 
@@ -206,8 +206,8 @@ class Family(Record):
         `width` is the MLP's as its tensors have it, for a family whose configuration need not say it.
         Raises FlapError that lists every missing size, and every value that is none.
         """
-        keys = {name: key for name, key in self.sizes.items() if isinstance(key, str)}
-        names = (*SIZES, *(name for name in OF_EXPERTS if name in self.sizes))
+        keys = {name: key for name, key in self.sizes.items() if isinstance(key, str) and "*" not in key}
+        names = (*SIZES, *(name for name in OF_EXPERTS if name in keys))
         sizes: dict[str, Any] = {n: setting(keys[n]) if n in keys else self.sizes.get(n) for n in names}
         odd = [f"{keys.get(name)} is {value!r:.80}" for name, value in sizes.items() if not _is_size(name, value)]
         if odd:

@@ -178,7 +178,7 @@ def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any]) -
     if description.get("transposed"):
         inner, outer = outer, inner
     owner = layer.get_submodule(path)
-    if description["channels"][index] % 8:  # which grouped matrix products ask for
+    if description["channels"][index] % 8 and hasattr(owner, "config"):  # which grouped matrix products ask for
         owner.config._experts_implementation = "eager"  # type: ignore[union-attr]
     _cut(owner, output, {0: count, outer: description["channels"][index]})
     sizes = {name.rpartition(".")[2]: rows[index] for name, rows in description["producers"].items()}

@@ -72,6 +72,8 @@ def _summary(plan: Plan, made_by: MadeBy) -> str:
     what, source = "attention heads (or KV groups) and MLP neurons", "FLAP: An et al., AAAI 2024, arXiv 2312.11983"
     if plan.method == "depth":
         what, source = "decoder layers of least block influence", "ShortGPT: Men et al., 2024, arXiv 2403.03853"
+    if plan.method == "experts":
+        what, source = "experts of least saliency", "REAP: Lasby et al., 2025, arXiv 2510.13999"
     return (
         f"{plan.ratio.achieved:.2%} of the prunable weights of `{shown}` are {how}: whole {what}, chosen "
         f"without retraining\n({source}). `plan.yaml` says which units stayed."

@@ -117,6 +117,14 @@ def read_gram(path: Path, spec: TensorSpec, offset: int) -> NDArray[np.float32]:
     return stored if spec.dtype == "F32" else (stored.astype("<u4") << 16).view("<f4")
 
 
+def tokens_of_experts(path: Path, layer: int) -> Vector:
+    """How many tokens of a stats file's calibration came to each expert of a layer."""
+    header, name = read_header(path), f"layers.{layer}.experts.tokens"
+    found = np.empty(header.tensors[name].shape, "<f4")
+    read_into(path, header.offsets[name], found.view(np.uint8).data)
+    return found
+
+
 def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 rounded to the nearest bfloat16, ties to even, as its bits (numpy knows no bfloat16)."""
     bits = np.ascontiguousarray(values, "<f4").view("<u4")

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flapcli.artifacts.stats import Calibration, GramDtype, StatsHeader, file_bytes, gram_bytes
+from flapcli.artifacts.few_tokens import FEW
+from flapcli.artifacts.plan import format_ranges
+from flapcli.artifacts.stats import Calibration, GramDtype, StatsHeader, file_bytes, gram_bytes, tokens_of_experts
 from flapcli.artifacts.stats_writer import StatsWriter, save_stats
 from flapcli.artifacts.versions import versions
 from flapcli.calibration.brain_surgeon import eliminator
@@ -69,6 +71,8 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
         raise
     except OSError as error:
         raise explain(error, resume.folder) from error
+    if ranks.rank == 0:
+        _say_of_experts(request, progress)
     ranks.agree(None)  # until rank 0 has written all, each may have to go on
     discard_all(request.out)
     return header
@@ -129,6 +133,18 @@ def _run(request: CalibrationRequest, header: StatsHeader, work: Workload, resum
     layers = header.model.num_layers if gram and work.fisher else 0
     with work.progress.task("eliminate", layers, "layers") if layers else nullcontext(lambda _: None) as advance:
         save_stats(request.out, header, found, gram, eliminator(work.checkpoint, advance))
+
+
+def _say_of_experts(request: CalibrationRequest, progress: Progress) -> None:
+    """Experts that saw too few tokens: what is known of them leans towards their layer's mean."""
+    layers = [i for i, layer in enumerate(request.checkpoint.shape.layers) if layer.num_experts]
+    found = {i: few for i in layers if len(few := np.flatnonzero(tokens_of_experts(request.out, i) < FEW))}
+    if found:
+        layer, few = next(iter(found.items()))
+        progress.note(
+            f"{sum(map(len, found.values()))} experts in {len(found)} layers saw fewer than {FEW} tokens (layer {layer}"
+            f": {format_ranges(few)}), and lean towards their layer's mean; more --nsamples would help"
+        )
 
 
 def _check_space(

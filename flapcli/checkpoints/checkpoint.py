@@ -182,7 +182,7 @@ class Checkpoint(ABC):
     def values(self, *expressions: str) -> dict[str, int]:
         """The sizes, and what else of the configuration these expressions name."""
         named = {name for expression in expressions for name in re.findall(r"[a-z_]\w*", expression)}
-        return self.sizes | {name: self.setting(name) for name in named - self.sizes.keys()}
+        return self.sizes | {name: self.setting(name) or 0 for name in named - self.sizes.keys()}
 
     def _input_width(self, module: Module, producer: str) -> int:
         """Columns of a producing projection, which reads the residual stream unless the description says otherwise."""

@@ -106,7 +106,7 @@ class UnitGroup:
     method: Annotated[s.Method, _in_plan(
         help="flap; or a baseline: wanda-sp (scored here on the dense model's activations, where the authors feed each "
         "layer the pruned output of the ones before), mag-sp (weights only), depth (whole layers, those of least block "
-        "influence).")] = s.PlanOptions.method
+        "influence), experts (whole ones, those of least saliency, as REAP has it).")] = s.PlanOptions.method
     metric: Annotated[s.Metric | None, _in_plan(
         help="Score of a channel, or of a unit by what the loss feels of it: FISHER (needs `calibrate --fisher`), or "
         "FISHER-OBS: of a head once those that stay stand in for it (needs `calibrate --gram --fisher`).",

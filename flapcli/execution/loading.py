@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
 from flapcli.architecture import modeling_flap
@@ -79,7 +79,7 @@ def head_of(model: PreTrainedModel, decoder: torch.nn.Module) -> Callable[[torch
     """What makes logits of the decoder's output, scale and cap included: the model's own code after its decoder."""
 
     def head(states: torch.Tensor) -> torch.Tensor:
-        decoder.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=states)
+        decoder.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=states)
         try:
             return model(inputs_embeds=states, use_cache=False).logits
         finally:

@@ -16,7 +16,7 @@ from flapcli.storage.sizes import parse_size
 if TYPE_CHECKING:
     from flapcli.artifacts.target import Target
 
-Method = Literal["flap", "wanda-sp", "mag-sp", "depth"]
+Method = Literal["flap", "wanda-sp", "mag-sp", "depth", "experts"]
 Metric = Literal["IFV", "WIFV", "WIFN", "FISHER", "FISHER-OBS"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 Compensate = Literal["none", "bias", "lstsq"]

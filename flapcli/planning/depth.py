@@ -9,7 +9,7 @@ from flapcli.planning.allocation import Kept, Request
 EXACT = 1 - 1e-12  # so that 0.55 of 20 layers is 11 of them, whatever 0.55 * 20 is in floating point
 
 
-def check_depth(request: Request, attention_exponent: float | None) -> None:
+def check_whole(method: str, request: Request, attention_exponent: float | None) -> None:
     """Raise UsageError where an option speaks of units of width, which whole layers do not have."""
     given = {
         "--remove-heads": request.remove_heads is not None,
@@ -18,7 +18,8 @@ def check_depth(request: Request, attention_exponent: float | None) -> None:
         "--attention-exponent": attention_exponent is not None,
     }
     if wrong := [option for option, is_given in given.items() if is_given]:
-        raise UsageError(f"{wrong[0]}: --method depth drops whole layers; leave {wrong[0]} out")
+        what = {"depth": "layers"}.get(method, method)
+        raise UsageError(f"{wrong[0]}: --method {method} drops whole {what}; leave {wrong[0]} out")
 
 
 def drop_layers(stats: Stats, ratio: float) -> Kept:

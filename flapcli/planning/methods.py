@@ -1,5 +1,6 @@
 """Stage 2: from statistics to a plan. Needs no weights, no model, no torch."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from math import isfinite
 
@@ -12,10 +13,11 @@ from flapcli.artifacts.target import Target
 from flapcli.errors import UsageError
 from flapcli.execution.settings import PlanOptions
 from flapcli.planning.allocation import Kept, Request
-from flapcli.planning.depth import check_depth, drop_layers
+from flapcli.planning.depth import check_whole, drop_layers
 from flapcli.planning.even_groups import allocate_evenly
 from flapcli.planning.scores import UNIT_METRICS, unit_scores
 from flapcli.planning.target_search import find_ratio
+from flapcli.planning.whole_experts import drop_experts
 
 # Baselines fix metric and structure (METHOD.md, Baselines); a metric of None leaves the choice to the user.
 METHODS: dict[str, tuple[str | None, str | None]] = {
@@ -23,7 +25,9 @@ METHODS: dict[str, tuple[str | None, str | None]] = {
     "wanda-sp": ("WIFN", "UL-UM"),
     "mag-sp": ("magnitude", "UL-UM"),
     "depth": ("block-influence", "layers"),
+    "experts": ("REAP", "experts"),
 }
+WHOLE: dict[str, Callable[[Stats, float], Kept]] = {"depth": drop_layers, "experts": drop_experts}
 DEFAULT_METRIC, DEFAULT_STRUCTURE = "WIFV", "AL-AM"
 
 
@@ -40,8 +44,8 @@ def checked(options: PlanOptions) -> tuple[str, Request]:
     structure = own_structure or options.structure or DEFAULT_STRUCTURE
     ratio, remove_heads, exponent = options.ratio, options.remove_heads, options.attention_exponent
     request = Request(structure, ratio, remove_heads, options.round_to, options.heads_multiple_of, options.allow_empty)
-    if options.method == "depth":
-        check_depth(request, exponent)
+    if options.method in WHOLE:
+        check_whole(options.method, request, exponent)
     if exponent is not None and not isfinite(exponent):
         raise UsageError(f"--attention-exponent {exponent}: must be a number")
     if metric in UNIT_METRICS and exponent is not None:
@@ -82,14 +86,14 @@ def choose(
             f"--structure {request.structure} is for models of heads and MLP neurons; of {stats.model.name} "
             f"{', '.join(stats.model.prunable)} can be pruned: take UL-UM or AL-AM"
         )
-    if method != "depth":
+    if method not in WHOLE:
         scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
         settings = asdict(request) | {"attention_exponent": None if metric in UNIT_METRICS else attention_exponent}
         del settings["structure"], settings["ratio"]
 
     def kept_at(ratio: float) -> Kept:
         if scores is None:
-            return drop_layers(stats, ratio)
+            return WHOLE[method](stats, ratio)
         chosen = allocate_evenly(stats.model, scores, replace(request, ratio=ratio))
         return {
             (i, m): chosen[i, m] if (i, m) in chosen else np.arange(stats.model.units(i, m))

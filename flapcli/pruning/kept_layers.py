@@ -73,7 +73,8 @@ def _config_fields(checkpoint: Checkpoint, kept: tuple[int, ...]) -> dict[str, A
             fields[key] = sum(i < first for i in kept)
     for key, power in family.depth_scales.items():
         fields[key] = checkpoint.setting(key) * (len(kept) / count) ** power
+    lacking = [checkpoint.lacks(i, "experts") for i in kept] if family.patterns else []
     for key, value in family.patterns.items():
-        without = [place for place, i in enumerate(kept) if checkpoint.lacks(i, "experts")]
-        fields[key] = without if value is None else value
+        listed = [place for place, lacks in enumerate(lacking) if lacks == (value == "-experts")]
+        fields[key] = listed if isinstance(value, str) else value
     return fields

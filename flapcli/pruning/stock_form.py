@@ -49,12 +49,16 @@ def stock_form_of(
         return None, f"{family.architecture} knows no bias on {' and '.join(unsaid)}"
     if family.attention.head_arguments and even["num_attention_heads"] != checkpoint.sizes["num_attention_heads"]:
         return None, f"{family.architecture} gives every head a slope by its number, which those that stay would change"
-    if told := _untold(checkpoint, even):
-        return None, told
     wanted = even | {"head_dim": checkpoint.shape.head_dim}
-    keys = {size: key for size, key in family.sizes.items() if isinstance(key, str)}
+    keys = {size: key for size, key in family.sizes.items() if isinstance(key, str) and "*" not in key}
     fields: dict[str, Any] = {checkpoint.key_of(key): wanted[size] for size, key in keys.items() if size in wanted}
-    fields |= {key: evaluate(told, checkpoint.values(told) | even) for key, told in family.follow.items()}
+    if told := _untold(checkpoint, even, fields):
+        return None, told
+    fields |= {
+        key: evaluate(told, checkpoint.values(told) | even)
+        for key, told in family.follow.items()
+        if checkpoint.setting(key)
+    }
     fields |= layers.config_fields | {family.bias_options[module]: True for module in biased}
     if refusal := _refused(checkpoint, fields):
         return None, refusal
@@ -70,12 +74,17 @@ def _values(checkpoint: Checkpoint, size: str, sizes: tuple[LayerShape, ...], la
     return {getattr(layer, size) for source, layer in written if not checkpoint.lacks(source, module)}
 
 
-def _untold(checkpoint: Checkpoint, even: dict[str, int]) -> str | None:
+def _untold(checkpoint: Checkpoint, even: dict[str, int], fields: dict[str, Any]) -> str | None:
     """Why the configuration can't say a size, or transformers would take it for another than the layers'."""
     family, sizes = checkpoint.family, checkpoint.sizes
     for size, value in even.items():
+        product = str(family.sizes.get(size, ""))
         dense = sizes.get(size) or max(getattr(layer, size) for layer in checkpoint.shape.layers)
-        if size in SAID_AS and size not in family.sizes and value != dense:
+        if "*" in product:
+            is_said = evaluate(product, checkpoint.values(product) | fields) == value
+        else:
+            is_said = size in family.sizes or value == dense
+        if size in SAID_AS and not is_said:
             return f"config.json of {family.architecture} has no key for its {SAID_AS[size]}"
     if "head_dim" not in family.sizes and even["num_attention_heads"] != sizes["num_attention_heads"]:
         return (

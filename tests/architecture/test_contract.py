@@ -124,6 +124,9 @@ def test_stock_where_even(made, flap):
                 edit_keep(one, (layer, module), keep=kept[module])
         if (shape := open_checkpoint(str(dense)).shape).layers[layer].num_experts:
             edit_keep(one, (layer, "experts"), keep=even_experts(shape, layer))
+        if shared := shape.layers[layer].shared_expert_size:  # in proportion, as some configurations want it
+            size = shape.layers[layer].expert_size
+            edit_keep(one, (layer, "shared_expert"), keep=f"0-{shared * (size - 8) // size - 1}")
     flap("apply", "-d", run, "--plan", one / "plan.yaml", "--out", one / "pruned", "--compensate", "none")
     config = json.loads((one / "pruned" / "config.json").read_text())
     family = open_checkpoint(str(dense)).family

@@ -16,6 +16,8 @@ MQA = {"num_attention_heads": 6, "num_key_value_heads": 1}
 MLA = {"num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 12, "v_head_dim": 10,
        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}  # fmt: skip
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DEEPSEEK = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2,
+            "moe_intermediate_size": 24}  # fmt: skip
 WINDOW = {"sliding_window": 5}
 GPT = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 56, "n_positions": 256, "vocab_size": 320, "bos_token_id": 1,
        "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -31,6 +33,8 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "cohere-norms": ("cohere", SIZES | GQA | {"use_qk_norm": True, "attention_bias": True}),
     "cohere2": ("cohere2", SIZES | GQA | WINDOW),
     "deepseek_v2": ("deepseek_v2", SIZES | MLA | {"first_k_dense_replace": 3, "mlp_bias": True}),
+    "deepseek_v2-experts": ("deepseek_v2", SIZES | MLA | DEEPSEEK | {"topk_method": "greedy"}),
+    "deepseek_v3-experts": ("deepseek_v3", SIZES | MLA | DEEPSEEK | {"n_group": 2, "topk_group": 1}),
     "deepseek_v3": ("deepseek_v3", SIZES | MLA | {"first_k_dense_replace": 3, "attention_bias": True}),
     "deepseek_v3-whole-q": ("deepseek_v3", SIZES | MLA | {"first_k_dense_replace": 3, "q_lora_rank": None}),
     "ernie4_5": ("ernie4_5", SIZES | GQA | {"head_dim": 8, "use_bias": True}),
@@ -54,6 +58,9 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "gptj": ("gptj", GPT | {"rotary_dim": 4}),
     "granite": ("granite", SIZES | GQA | {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "mlp_bias": True,
                                           "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
+    "granitemoe": ("granitemoe", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2,
+                                                "residual_multiplier": 0.5}),
+    "gpt_oss": ("gpt_oss", SIZES | GQA | WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite_swa": ("granite_swa", SIZES | GQA | WINDOW),
     "helium": ("helium", SIZES | GQA | {"head_dim": 8}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", SIZES | GQA | {"head_dim": 8}),
@@ -63,9 +70,15 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "jais2": ("jais2", SIZES | GQA),
     "llama": ("llama", SIZES | GQA),
     "minicpm3": ("minicpm3", SIZES | MLA | {"scale_emb": 2, "dim_model_base": 16}),
+    "llama4_text": ("llama4_text", SIZES | GQA | {
+        "head_dim": 8, "intermediate_size": 32, "intermediate_size_mlp": 56, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "moe_layers": [0, 2]}),
+    "minimax_m2": ("minimax_m2", SIZES | GQA | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                                "rotary_dim": 8}),
     "ministral3": ("ministral3", SIZES | GQA | {"head_dim": 8}),
     "mistral": ("mistral", SIZES | GQA | WINDOW),
     "mixtral": ("mixtral", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-silent": ("mixtral", SIZES | GQA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mpt": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 3, "vocab_size": 320, "max_seq_len": 256}),
     "nanochat": ("nanochat", SIZES | GQA),
     "nemotron": ("nemotron", SIZES | GQA | {"head_dim": 8}),
@@ -78,6 +91,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "persimmon": ("persimmon", SIZES | {"num_attention_heads": 6}),
     "phi": ("phi", SIZES | GQA),
     "phi3": ("phi3", SIZES | GQA),
+    "phimoe": ("phimoe", SIZES | GQA | {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True}),
     "qwen2": ("qwen2", SIZES | GQA),
     "qwen2_moe": ("qwen2_moe", SIZES | GQA | MOE | {"mlp_only_layers": [1], "shared_expert_intermediate_size": 40}),
     "qwen3": ("qwen3", SIZES | GQA | {"head_dim": 16}),

@@ -51,19 +51,29 @@ def masked_dense(dense_folder, run, bias=True, stats=None, **how):
 
 def mask_experts(layer, description, kept):
     """Zeroes in a layer what pruned neurons of experts put out, and lets the router see the experts that stay alone."""
-    down = layer.get_submodule(description.output.rpartition(".")[0]).down_proj.detach()
+    experts = layer.get_submodule(description.output.rpartition(".")[0])
+    down = experts.down_proj.detach()
     count, axis = len(down), 1 if description.transposed else 2
     gone = torch.ones(count, down.shape[axis], dtype=torch.bool)
     gone.view(-1)[torch.from_numpy(kept)] = False
     for expert in range(count):
         down[expert].index_fill_(axis - 1, gone[expert].nonzero().flatten(), 0)
     stay = (~gone.all(1)).nonzero().flatten()
+    if not len(stay) and hasattr(experts, "down_proj_bias"):
+        experts.down_proj_bias.detach().zero_()
     if 0 < len(stay) < count:
         router = layer.get_submodule(next(iter(description.unit_tensors)).rpartition(".")[0])
-        for name in {name.rpartition(".")[2] for name in description.unit_tensors}:
-            getattr(router, name).data = getattr(router, name).data[stay]
+        for owner, _, name in (name.rpartition(".") for name in description.unit_tensors):
+            if (tensor := getattr(layer.get_submodule(owner), name, None)) is not None:
+                tensor.data = tensor.data[stay]
         router.num_experts, router.top_k = len(stay), min(router.top_k, len(stay))
-        router.register_forward_hook(lambda _module, _inputs, found: (*found[:2], stay[found[2]]))
+
+        def renumbered(_module, _inputs, found):
+            if len(found) == 3:
+                return *found[:2], stay[found[2]]
+            return found[0].new_zeros(len(found[0]), count).index_copy(1, stay, found[0]), found[1]
+
+        router.register_forward_hook(renumbered)
 
 
 def step_by_step(model, ids=IDS):
