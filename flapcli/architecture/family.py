@@ -275,13 +275,24 @@ def family_of(model_type: object, setting: Setting, where: str) -> Family:
         )
     description, variants = _description(family.name)
     for variant in variants:
-        if all(setting(key) in values for key, values in variant["when"].items()):
+        if holds(variant, setting):
             description = _over(description, {key: value for key, value in variant.items() if key != "when"})
     family = Family.model_validate(description)
-    for refusal in family.refuses:
+    refuse(family.refuses, setting, where)
+    return family
+
+
+def holds(variant: dict[str, Any], setting: Setting) -> bool:
+    """Whether a configuration has the values that a variant is for, and none of those that it is not for."""
+    conditions = [(variant.get(word, {}), word == "when") for word in ("when", "unless")]
+    return all((setting(key) in values) == wanted for found, wanted in conditions for key, values in found.items())
+
+
+def refuse(refusals: list[Refusal], setting: Setting, where: str) -> None:
+    """Raise FlapError for a configuration with one of these values."""
+    for refusal in refusals:
         if (value := setting(refusal.key)) in refusal.values:
             raise FlapError(f"{where}: {refusal.key} is {value!r:.80}, which flap does not prune: {refusal.why}")
-    return family
 
 
 def family_of_gguf(architecture: str, where: str) -> Family:

@@ -13,7 +13,7 @@ from flapcli.architecture.family import MAX_SIZE, SIZES, Family, family_of
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.rows import RowMap, Symbols, evaluate
 from flapcli.architecture.shape import AttentionUnit, LayerShape, ModelShape, Module, Size, StoredWeights
-from flapcli.checkpoints.companion_files import companion_files, decides_tokens
+from flapcli.checkpoints.companion_files import decides_tokens
 from flapcli.checkpoints.locate import Hub
 from flapcli.errors import FlapError, UsageError, first_line
 from flapcli.storage.dtypes import CODES, ITEM_SIZE
@@ -73,8 +73,13 @@ class Checkpoint(ABC):
         """One tensor, on the CPU, as stored (quantised ones dequantised to float32)."""
 
     @property
+    def is_converted(self) -> bool:
+        """Whether transformers can't take the files as they are, but the tensors that are made of them."""
+        return self.path.is_file()
+
+    @property
     def name_in_files(self) -> dict[str, str]:
-        """What the source's files call a tensor, by its transformers name."""
+        """What the source's files call a tensor, by its transformers name; none where they are not to be kept."""
         return {name: name for name in self.stored}
 
     @property
@@ -118,10 +123,10 @@ class Checkpoint(ABC):
     def load_config(self) -> "PreTrainedConfig":
         """The transformers configuration object."""
 
-    @cached_property
+    @property
     def companions(self) -> dict[str, Path]:
         """What lies beside the weights and goes with them, by relative name; none where one file holds all."""
-        return companion_files(self.path) if self.path.is_dir() else {}
+        return {}
 
     @property
     def companions_sha256(self) -> str | None:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from dataclasses import replace
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flapcli.architecture.source import Place, Source, source_of
 from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.checkpoints.companion_files import companion_files
 from flapcli.checkpoints.expert_files import Parts, experts_in_files, spec_of
 from flapcli.checkpoints.shards import raw_bytes
 from flapcli.checkpoints.weight_index import index_of, weight_map
@@ -52,8 +54,29 @@ SCALED_ROTATION = re.compile(r'"(rope_)?type": "(?!default")')
 
 class FolderCheckpoint(Checkpoint):
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config_in_files(self) -> dict[str, Any]:
         return read_json(self.path / "config.json", f"{self.name} is no checkpoint folder")
+
+    @cached_property
+    def source(self) -> Source | None:
+        return source_of(self.config_in_files.get("model_type"), self.config_in_files.get)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        found = self.config_in_files
+        return self.source.native_config(found, self.name) if self.source else found
+
+    @property
+    def is_converted(self) -> bool:
+        return self.source is not None
+
+    @cached_property
+    def companions(self) -> dict[str, Path]:
+        code = self.config_in_files.get("auto_map") if self.source else None
+        named = code.items() if isinstance(code, dict) else ()
+        # What reads the publisher's form of the model, which is not what is written.
+        left = {f"{str(place).partition('.')[0]}.py" for kind, place in named if kind != "AutoTokenizer"}
+        return {name: path for name, path in companion_files(self.path).items() if name not in left}
 
     def _weight_files(self, single: str, kind: str) -> list[Path]:
         """The one weight file of that name, or all that its index names."""
@@ -72,9 +95,9 @@ class FolderCheckpoint(Checkpoint):
     def _architecture_digest(self) -> "hashlib._Hash":
         """A SHA-256 fed with what of config.json may matter; what tells the weights is to be added."""
         # Pruned folders of equal sizes differ by the plan that they were made by, which stands under `flap`.
-        flap = {"flap": self.config.get("flap")}
+        flap = {"flap": self.config_in_files.get("flap")}
         try:
-            return hashlib.sha256(json.dumps(_with_effect(self.config) | flap, sort_keys=True).encode())
+            return hashlib.sha256(json.dumps(_with_effect(self.config_in_files) | flap, sort_keys=True).encode())
         except RecursionError as error:
             raise FlapError(f"{self.name}: its config.json is nested too deeply") from error
 
@@ -88,13 +111,40 @@ class FolderCheckpoint(Checkpoint):
         """One tensor by its name in the files."""
 
     @cached_property
-    def _one_by_one(self) -> dict[str, TensorSpec]:
-        found: dict[str, TensorSpec] = {}
+    def _found(self) -> dict[str, Place]:
+        """Where the files hold each of the model's tensors."""
+        found: dict[str, Place] = {}
         for theirs, spec in self.in_files.items():
-            name = self.family.own_name(theirs)
-            if name in found:
-                raise FlapError(f"{self.name} holds {name} twice, once as {theirs}: remove the one that is not meant")
-            found[name] = replace(spec, name=name)
+            for name, place in self._made_of(spec):
+                if name in found:
+                    raise FlapError(
+                        f"{self.name} holds {name} twice, once as {theirs}: remove the one that is not meant"
+                    )
+                found[name] = place
+        return found
+
+    @cached_property
+    def _sizes_told(self) -> dict[str, int]:
+        """Sizes by the configuration alone."""
+        return self.family.read_sizes(self.setting)
+
+    def _made_of(self, spec: TensorSpec) -> list[tuple[str, Place]]:
+        """The model's tensors that are made of one in the files."""
+        if not self.source:
+            return [(self.family.own_name(spec.name), Place(spec.name))]
+        try:
+            return list(self.source.places(spec.name, spec.shape[0] if spec.shape else 1, self._sizes_told))
+        except FlapError as error:
+            raise FlapError(f"{self.name}: {error}") from error
+
+    @cached_property
+    def _one_by_one(self) -> dict[str, TensorSpec]:
+        in_files = self.in_files
+        found = {}
+        for name, (theirs, rows, _) in self._found.items():
+            spec = in_files[theirs]
+            shape = spec.shape if rows is None else (len(rows), *spec.shape[1:])
+            found[name] = TensorSpec(name, shape, spec.dtype)
         return found
 
     @cached_property
@@ -114,16 +164,16 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def experts_in_files(self) -> dict[str, Parts]:
-        known = self.name_in_files
-        return {w: [[known[part] for part in parts] for parts in experts] for w, experts in self._experts.items()}
+        known = self._found
+        return {w: [[known[part].name for part in parts] for parts in each] for w, each in self._experts.items()}
 
     @cached_property
     def name_in_files(self) -> dict[str, str]:
-        return {self.family.own_name(theirs): theirs for theirs in self.in_files}
+        return {} if self.source else {name: place.name for name, place in self._found.items()}
 
     def read(self, name: str) -> "torch.Tensor":
         if not (experts := self.experts_in_files.get(name)):
-            return self.read_from_file(self.name_in_files[name])
+            return self._read_one(self._found[name])
         import torch
 
         spec = self.stored[name]
@@ -131,6 +181,14 @@ class FolderCheckpoint(Checkpoint):
         for place, parts in enumerate(experts):
             torch.cat([self.read_from_file(part) for part in parts], out=whole[place])
         return whole
+
+    def _read_one(self, place: Place) -> "torch.Tensor":
+        tensor = self.read_from_file(place.name)
+        if place.rows is not None:
+            import torch
+
+            tensor = tensor.index_select(0, torch.from_numpy(place.rows))
+        return _normalised(tensor) if place.is_normalised else tensor
 
     @property
     def _stored_sizes(self) -> list[tuple[str, int]]:
@@ -169,12 +227,17 @@ class FolderCheckpoint(Checkpoint):
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code)
+        config = self.load_config() if self.is_converted else None
+        return AutoTokenizer.from_pretrained(
+            self.path, trust_remote_code=self.hub.trust_remote_code, **({"config": config} if config else {})
+        )
 
     def load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
         try:
+            if self.is_converted:
+                return AutoConfig.for_model(**deepcopy(self.config))  # whose dicts it writes into
             return AutoConfig.from_pretrained(self.path)
         except Exception as error:  # each field has a check of its own
             raise FlapError(f"{self.name}: transformers can't read its config.json: {first_line(error)}") from error
@@ -188,6 +251,13 @@ def _with_effect(config: dict[str, Any]) -> dict[str, Any]:
         left.add("max_position_embeddings")
     inner = {key for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
     return {key: _with_effect(value) if key in inner else value for key, value in config.items() if key not in left}
+
+
+def _normalised(rows: "torch.Tensor") -> "torch.Tensor":
+    """Rows divided by their lengths, in the dtype that they are stored in, as Baichuan2's own code does."""
+    import torch
+
+    return torch.nn.functional.normalize(rows)
 
 
 class SafetensorsCheckpoint(FolderCheckpoint):

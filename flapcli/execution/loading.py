@@ -30,7 +30,7 @@ def load_model(
     quiet_transformers()
     checkpoint.shape  # noqa: B018  refuses a corrupt checkpoint in our words, before transformers does
     try:
-        if checkpoint.path.is_file():
+        if checkpoint.is_converted:
             model, told = _from_tensors(checkpoint, dtype)
         else:
             model, told = _class_of(checkpoint).from_pretrained(
@@ -42,7 +42,7 @@ def load_model(
             )
         _refuse_gaps(checkpoint, told)
         if device_map:
-            return (_spread(model, device_map) if checkpoint.path.is_file() else model).eval()
+            return (_spread(model, device_map) if checkpoint.is_converted else model).eval()
         return model.to(device).eval()
     except (FlapError, MemoryError):
         raise
@@ -127,7 +127,7 @@ def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel]:
 
 
 def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Build from tensors read one by one, for sources that from_pretrained reads slowly (GGUF); and what was told."""
+    """Build from tensors read one by one, for what from_pretrained can't read or reads slowly; and what was told."""
     tensors = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     config = checkpoint.load_config()
     config.architectures = [checkpoint.family.architecture]
