@@ -227,10 +227,23 @@ class FolderCheckpoint(Checkpoint):
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        config = self.load_config() if self.is_converted else None
-        return AutoTokenizer.from_pretrained(
-            self.path, trust_remote_code=self.hub.trust_remote_code, **({"config": config} if config else {})
-        )
+        self._refuse_remote_tokenizer()
+        known = {"config": self.load_config()} if self.is_converted else {}
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code, **known)
+
+    def _refuse_remote_tokenizer(self) -> None:
+        """Raise FlapError where only code in the folder knows the tokens: transformers might take others for them."""
+        from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+        path = self.path / "tokenizer_config.json"
+        told = read_json(path) if path.exists() else {}
+        if "auto_map" not in told or self.hub.trust_remote_code or (self.path / "tokenizer.json").exists():
+            return
+        if tokenizer_class_from_name(str(told.get("tokenizer_class"))) is None:
+            raise FlapError(
+                f"only code in the folder can read it (auto_map in {path.name}), which flap runs where "
+                "--trust-remote-code is given: look at it first, or put the tokenizer.json of a converted one beside it"
+            )
 
     def load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig

@@ -106,3 +106,19 @@ def test_what_the_family_does_not_compute_is_refused(name, changes, words, tmp_p
         flap("calibrate", folder, "-d", tmp_path / "run", "--dataset", text_file, *SMALL, code=1).stderr.split()
     )
     assert words in said
+
+
+def test_a_tokenizer_of_code_in_the_folder_is_refused_unless_trusted(tmp_path, flap, text_file):
+    folder = make_foreign(tmp_path, "internlm2")
+    (folder / "tokenizer.json").unlink()
+    path = folder / "tokenizer_config.json"
+    told = {"tokenizer_class": "ForeignTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_foreign.T", None]}}
+    path.write_text(json.dumps(told))
+    asked = ("calibrate", folder, "-d", tmp_path / "run", "--dataset", text_file, *SMALL)
+    said = " ".join(flap(*asked, code=1).stderr.split())
+    assert "only code in the folder can read it (auto_map in tokenizer_config.json)" in said
+    assert "--trust-remote-code" in said
+    code = "from transformers import PreTrainedTokenizerFast\n\n\nclass T(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "tokenization_foreign.py").write_text(code)
+    (folder / "tokenizer.json").write_bytes((tmp_path / "native" / "tokenizer.json").read_bytes())
+    flap(*asked, "--trust-remote-code")
