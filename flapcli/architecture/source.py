@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flapcli.architecture.family import Refusal, Setting, holds, refuse
+from flapcli.architecture.family import Refusal, Setting, holds, refuse, renamed
 from flapcli.architecture.rows import Symbols, split_rows
 from flapcli.errors import FlapError
 from flapcli.storage.record import Record
@@ -102,13 +102,6 @@ class Source(Record):
                 return
         name = renamed(theirs, self.names)
         yield name, Place(theirs, is_normalised=name in self.normalised)
-
-
-def renamed(name: str, patterns: list[tuple[str, str]]) -> str:
-    """A name after all replacements of regular expressions."""
-    for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _value(expression: str, known: Mapping[str, Any], where: str) -> Any:

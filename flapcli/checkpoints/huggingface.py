@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flapcli.architecture.family import Family, family_of
 from flapcli.architecture.source import Place, Source, source_of
+from flapcli.architecture.wrapper import Wrapper, wrappers
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.companion_files import companion_files
 from flapcli.checkpoints.expert_files import Parts, experts_in_files, spec_of
@@ -62,13 +64,35 @@ class FolderCheckpoint(Checkpoint):
         return source_of(self.config_in_files.get("model_type"), self.config_in_files.get)
 
     @cached_property
+    def wrapper(self) -> Wrapper | None:
+        return wrappers().get(str(self.config_in_files.get("model_type")))
+
+    @cached_property
     def config(self) -> dict[str, Any]:
         found = self.config_in_files
-        return self.source.native_config(found, self.name) if self.source else found
+        if self.source:
+            return self.source.native_config(found, self.name)
+        return self._text_config(self.wrapper) if self.wrapper else found
+
+    def _text_config(self, wrapper: Wrapper) -> dict[str, Any]:
+        """The text model's configuration, as its own class has it, where it is a part of what lies in the folder."""
+        found, whole = self.config_in_files, self._transformers_config()
+        text = whole.get_text_config().to_dict()
+        kind = str(text["model_type"])
+        own = {"model_type": wrapper.families.get(kind, kind), "tie_word_embeddings": whole.tie_word_embeddings}
+        own |= {key: found[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in found}
+        if isinstance(flap := found.get("flap"), dict):
+            own["flap"] = {key: value for key, value in flap.items() if key != "decoder_layers"}
+        return text | own
 
     @property
     def is_converted(self) -> bool:
-        return self.source is not None
+        return bool(self.source or self.wrapper)
+
+    @cached_property
+    def family(self) -> Family:
+        overrides = self.wrapper.overrides if self.wrapper else None
+        return family_of(self.config.get("model_type"), self.setting, self.name, overrides)
 
     @cached_property
     def companions(self) -> dict[str, Path]:
@@ -115,6 +139,8 @@ class FolderCheckpoint(Checkpoint):
         """Where the files hold each of the model's tensors."""
         found: dict[str, Place] = {}
         for theirs, spec in self.in_files.items():
+            if theirs in self.carried:
+                continue
             for name, place in self._made_of(spec):
                 if name in found:
                     raise FlapError(
@@ -131,11 +157,17 @@ class FolderCheckpoint(Checkpoint):
     def _made_of(self, spec: TensorSpec) -> list[tuple[str, Place]]:
         """The model's tensors that are made of one in the files."""
         if not self.source:
-            return [(self.family.own_name(spec.name), Place(spec.name))]
+            return [(self.own_name(spec.name), Place(spec.name))]
         try:
             return list(self.source.places(spec.name, spec.shape[0] if spec.shape else 1, self._sizes_told))
         except FlapError as error:
             raise FlapError(f"{self.name}: {error}") from error
+
+    @cached_property
+    def carried(self) -> dict[str, TensorSpec]:
+        if not (wrapper := self.wrapper):
+            return {}
+        return {name: spec for name, spec in self.in_files.items() if wrapper.carries(name)}
 
     @cached_property
     def _one_by_one(self) -> dict[str, TensorSpec]:
@@ -173,7 +205,7 @@ class FolderCheckpoint(Checkpoint):
 
     def read(self, name: str) -> "torch.Tensor":
         if not (experts := self.experts_in_files.get(name)):
-            return self._read_one(self._found[name])
+            return self._read_one(Place(name) if name in self.carried else self._found[name])
         import torch
 
         spec = self.stored[name]
@@ -192,7 +224,7 @@ class FolderCheckpoint(Checkpoint):
 
     @property
     def _stored_sizes(self) -> list[tuple[str, int]]:
-        return [(spec.dtype, spec.nbytes) for spec in self.stored.values()]
+        return [(spec.dtype, spec.nbytes) for spec in (*self.stored.values(), *self.carried.values())]
 
     @property
     def license(self) -> str | None:
@@ -228,7 +260,7 @@ class FolderCheckpoint(Checkpoint):
         from transformers import AutoTokenizer
 
         self._refuse_remote_tokenizer()
-        known = {"config": self.load_config()} if self.is_converted else {}
+        known = {"config": self.load_config()} if self.source else {}
         return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code, **known)
 
     def _refuse_remote_tokenizer(self) -> None:
@@ -251,8 +283,17 @@ class FolderCheckpoint(Checkpoint):
         try:
             if self.is_converted:
                 return AutoConfig.for_model(**deepcopy(self.config))  # whose dicts it writes into
-            return AutoConfig.from_pretrained(self.path)
         except Exception as error:  # each field has a check of its own
+            raise FlapError(f"{self.name}: transformers can't read its config.json: {first_line(error)}") from error
+        return self._transformers_config()
+
+    def _transformers_config(self) -> "PreTrainedConfig":
+        """What transformers makes of config.json as it is."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except Exception as error:  # as above
             raise FlapError(f"{self.name}: transformers can't read its config.json: {first_line(error)}") from error
 
 

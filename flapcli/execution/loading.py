@@ -54,7 +54,7 @@ def load_model(
 
 def _refuse_gaps(checkpoint: Checkpoint, told: dict[str, Any]) -> None:
     """Raise FlapError where transformers made weights up, or left some of the checkpoint's out."""
-    left_out = [name for name in told["unexpected_keys"] if checkpoint.family.own_name(name) in checkpoint.tensors]
+    left_out = [name for name in told["unexpected_keys"] if checkpoint.own_name(name) in checkpoint.tensors]
     for what, names in (
         ("finds no weights for", told["missing_keys"]),
         ("finds other shapes for", told["mismatched_keys"]),
@@ -131,5 +131,6 @@ def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTraine
     tensors = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     config = checkpoint.load_config()
     config.architectures = [checkpoint.family.architecture]
-    architecture = AutoModelForCausalLM._model_mapping[type(config)]
-    return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
+    kind = _class_of(checkpoint)
+    kind = AutoModelForCausalLM._model_mapping[type(config)] if kind is AutoModelForCausalLM else kind
+    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
