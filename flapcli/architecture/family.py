@@ -7,7 +7,7 @@ which one consumes them, and which tensors stay whole; what it leaves out is tha
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -194,12 +194,6 @@ class Family(Record):
         """Full name of the weight of a module's output projection."""
         return f"{self.layer.format(i=layer)}.{self.module(module).weight(self.module(module).output)}"
 
-    def own_name(self, stored: str) -> str:
-        """The model's name of a tensor that files have under another one."""
-        for pattern, name in self.stored_names:
-            stored = re.sub(pattern, name, stored)
-        return stored
-
     def read_sizes(self, setting: Setting, width: int | None = None) -> dict[str, int]:
         """Sizes of the architecture: those of config.json, and what its class of transformers makes of missing ones.
 
@@ -230,6 +224,13 @@ class Family(Record):
         if len(layers) != count:
             raise FlapError(f"config.json: the per-layer sizes under `flap` are not {count} values each")
         return layers
+
+
+def renamed(name: str, patterns: list[tuple[str, str]]) -> str:
+    """A name after all replacements of regular expressions."""
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 @cache
@@ -263,8 +264,11 @@ def refused_families() -> dict[str, str]:
     return json.loads((FAMILIES / "_refused.json").read_bytes())
 
 
-def family_of(model_type: object, setting: Setting, where: str) -> Family:
-    """The family of a configuration, in its variant. Raises FlapError for an unknown one, never guesses."""
+def family_of(model_type: object, setting: Setting, where: str, overrides: Mapping[str, Any] | None = None) -> Family:
+    """The family of a configuration, in its variant, with `overrides` in place of what its description says.
+
+    Raises FlapError for an unknown one, never guesses.
+    """
     if why := refused_families().get(str(model_type)):
         raise FlapError(f"{where}: model_type {model_type} can't be pruned: {why}")
     if not (family := families().get(str(model_type))):
@@ -275,13 +279,24 @@ def family_of(model_type: object, setting: Setting, where: str) -> Family:
         )
     description, variants = _description(family.name)
     for variant in variants:
-        if all(setting(key) in values for key, values in variant["when"].items()):
+        if holds(variant, setting):
             description = _over(description, {key: value for key, value in variant.items() if key != "when"})
-    family = Family.model_validate(description)
-    for refusal in family.refuses:
+    family = Family.model_validate(_over(description, dict(overrides or {})))
+    refuse(family.refuses, setting, where)
+    return family
+
+
+def holds(variant: dict[str, Any], setting: Setting) -> bool:
+    """Whether a configuration has the values that a variant is for, and none of those that it is not for."""
+    conditions = [(variant.get(word, {}), word == "when") for word in ("when", "unless")]
+    return all((setting(key) in values) == wanted for found, wanted in conditions for key, values in found.items())
+
+
+def refuse(refusals: list[Refusal], setting: Setting, where: str) -> None:
+    """Raise FlapError for a configuration with one of these values."""
+    for refusal in refusals:
         if (value := setting(refusal.key)) in refusal.values:
             raise FlapError(f"{where}: {refusal.key} is {value!r:.80}, which flap does not prune: {refusal.why}")
-    return family
 
 
 def family_of_gguf(architecture: str, where: str) -> Family:

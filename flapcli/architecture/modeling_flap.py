@@ -209,8 +209,9 @@ def _set(layer: nn.Module, path: str, value: int) -> None:
 
 def _fit_arguments(attention: nn.Module, index: int, description: dict[str, Any], config: Any) -> None:
     """Give attention, before each call, what it takes for its own heads of what is made for the configuration's."""
-    heads = config.num_attention_heads
-    missing = (getattr(config, "num_key_value_heads", None) or heads) - config.flap["num_key_value_heads"][index]
+    of_text = config.get_text_config()
+    heads = of_text.num_attention_heads
+    missing = (getattr(of_text, "num_key_value_heads", None) or heads) - config.flap["num_key_value_heads"][index]
     if missing:
         attention.register_forward_pre_hook(functools.partial(_widen, missing), with_kwargs=True)
     if axes := description.get("head_arguments"):
@@ -265,8 +266,8 @@ def _projection(old: Any, columns: int, rows: int, bias: bool) -> nn.Module:
 
 
 def __getattr__(name: str) -> type:
-    """FlapX for any class X of transformers' causal language models, made when first asked for."""
-    if not (name.startswith("Flap") and name.endswith(("ForCausalLM", "LMHeadModel"))):
+    """FlapX for any class X of transformers' language models, made when first asked for."""
+    if not (name.startswith("Flap") and name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))):
         raise AttributeError(name)
     base = getattr(transformers, name.removeprefix("Flap"))
     made = type(name, (PrunedMixin, base), {"__module__": __name__, "__doc__": f"{base.__name__}, pruned by flap."})

@@ -85,3 +85,15 @@ class RowMap:
             for block in self.blocks
         ]
         return np.flatnonzero(np.concatenate(rows))
+
+
+def split_rows(symbols: Symbols, values: Mapping[str, int]) -> list[NDArray[np.int64]]:
+    """The rows of every symbol in turn, of a tensor of a model of these sizes."""
+    owners, count = [], 0
+    for block in RowMap.of(symbols, values).blocks:
+        turns = values["num_key_value_heads" if block[0].size == "num_attention_heads" else block[0].size]
+        each = [values[size] // turns * rows for size, rows in block]
+        owners.append(np.tile(np.repeat(np.arange(count, count + len(block)), each), turns))
+        count += len(block)
+    whole = np.concatenate(owners)
+    return [np.flatnonzero(whole == symbol) for symbol in range(count)]

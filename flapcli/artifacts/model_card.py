@@ -8,6 +8,7 @@ import yaml
 
 from flapcli.architecture.family import Family, GgufExport, families
 from flapcli.architecture.flap_section import FlapSection, MadeBy
+from flapcli.architecture.wrapper import AUTO_CLASS, wrappers
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
 from flapcli.artifacts.pruned_folder import CARD_MARK, PrunedFolder, is_own_card
@@ -43,7 +44,7 @@ def model_card(config: Mapping[str, Any], plan: Plan, report: EvalReport | None)
         _summary(plan, made_by),
         _table(plan, flap),
         _figures(report) if report else "",
-        _loading(flap.modules is not None, families()[config["model_type"]]),
+        _loading(flap.modules is not None, families()[plan.model.family], config["model_type"] in wrappers()),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -114,7 +115,8 @@ def _figures(report: EvalReport) -> str:
     return "\n".join(lines)
 
 
-def _loading(remote_code: bool, family: Family) -> str:
+def _loading(remote_code: bool, family: Family, wrapped: bool) -> str:
+    auto_class = AUTO_CLASS if wrapped else "AutoModelForCausalLM"
     option = ", trust_remote_code=True" if remote_code else ""
     runtimes = "A stock checkpoint: no remote code, hence vLLM, TGI and SGLang load it as they load its base model."
     if remote_code:
@@ -124,9 +126,9 @@ def _loading(remote_code: bool, family: Family) -> str:
     return f"""## Loading
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER{option})
+model = {auto_class}.from_pretrained(FOLDER{option})
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 

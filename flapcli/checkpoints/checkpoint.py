@@ -9,11 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapcli.architecture.family import MAX_SIZE, SIZES, Family, family_of
+from flapcli.architecture.family import MAX_SIZE, SIZES, Family, family_of, renamed
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.rows import RowMap, Symbols, evaluate
 from flapcli.architecture.shape import AttentionUnit, LayerShape, ModelShape, Module, Size, StoredWeights
-from flapcli.checkpoints.companion_files import companion_files, decides_tokens
+from flapcli.architecture.wrapper import Wrapper
+from flapcli.checkpoints.companion_files import decides_tokens
 from flapcli.checkpoints.locate import Hub
 from flapcli.errors import FlapError, UsageError, first_line
 from flapcli.storage.dtypes import CODES, ITEM_SIZE
@@ -49,6 +50,21 @@ class Checkpoint(ABC):
         """config.json, or what it would be."""
 
     @property
+    def config_in_files(self) -> dict[str, Any]:
+        """config.json as it is, where the model is made of files that are of another kind."""
+        return self.config
+
+    @property
+    def wrapper(self) -> Wrapper | None:
+        """What the model is a part of in the files, if of anything."""
+        return None
+
+    @property
+    def carried(self) -> dict[str, TensorSpec]:
+        """Tensors of other parts than the model, by their names in the files, which `read` takes too."""
+        return {}
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of what identifies the model without reading weights."""
@@ -73,14 +89,24 @@ class Checkpoint(ABC):
         """One tensor, on the CPU, as stored (quantised ones dequantised to float32)."""
 
     @property
+    def is_converted(self) -> bool:
+        """Whether transformers can't take the files as they are, but the tensors that are made of them."""
+        return self.path.is_file()
+
+    @property
     def name_in_files(self) -> dict[str, str]:
-        """What the source's files call a tensor, by its transformers name."""
+        """What the source's files call a tensor, by its transformers name; none where they are not to be kept."""
         return {name: name for name in self.stored}
 
     @property
     def experts_in_files(self) -> dict[str, list[list[str]]]:
         """Tensors of all experts that the source's files hold expert by expert: their names there, in parts."""
         return {}
+
+    def own_name(self, theirs: str) -> str:
+        """The model's name of a tensor of its own that files have under another one."""
+        patterns = self.wrapper.names if self.wrapper else self.family.stored_names
+        return renamed(theirs, patterns)
 
     def read_output(self, layer: int, module: Module) -> "torch.Tensor":
         """The weight of a module's output projection, (out, channels), all experts' side by side."""
@@ -118,10 +144,10 @@ class Checkpoint(ABC):
     def load_config(self) -> "PreTrainedConfig":
         """The transformers configuration object."""
 
-    @cached_property
+    @property
     def companions(self) -> dict[str, Path]:
         """What lies beside the weights and goes with them, by relative name; none where one file holds all."""
-        return companion_files(self.path) if self.path.is_dir() else {}
+        return {}
 
     @property
     def companions_sha256(self) -> str | None:
@@ -257,7 +283,7 @@ class Checkpoint(ABC):
             revision=self.hub.revision,
             fingerprint=self.fingerprint,
             family=self.family.name,
-            parameters=sum(prod(spec.shape) for spec in self.tensors.values()),
+            parameters=sum(prod(spec.shape) for spec in (*self.tensors.values(), *self.carried.values())),
             mlp_projections=self._rows_of_one("mlp", "intermediate_size") + 1,
             unit_biases=dict.fromkeys(self.family.modules, 0),
             layers=layers,
@@ -351,7 +377,7 @@ class Checkpoint(ABC):
             if m != "experts"
         }
         return StoredWeights(
-            bytes=sum(spec.nbytes for spec in self.tensors.values()),
+            bytes=sum(spec.nbytes for spec in (*self.tensors.values(), *self.carried.values())),
             itemsize=(min(sizes), max(sizes)),
             output_biases={m: sum(name in self.tensors for name in names) for m, names in outputs.items()},
         )

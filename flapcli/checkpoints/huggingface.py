@@ -4,12 +4,16 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from dataclasses import replace
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flapcli.architecture.family import Family, family_of
+from flapcli.architecture.source import Place, Source, source_of
+from flapcli.architecture.wrapper import Wrapper, wrappers
 from flapcli.checkpoints.checkpoint import Checkpoint
+from flapcli.checkpoints.companion_files import companion_files
 from flapcli.checkpoints.expert_files import Parts, experts_in_files, spec_of
 from flapcli.checkpoints.shards import raw_bytes
 from flapcli.checkpoints.weight_index import index_of, weight_map
@@ -52,8 +56,51 @@ SCALED_ROTATION = re.compile(r'"(rope_)?type": "(?!default")')
 
 class FolderCheckpoint(Checkpoint):
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config_in_files(self) -> dict[str, Any]:
         return read_json(self.path / "config.json", f"{self.name} is no checkpoint folder")
+
+    @cached_property
+    def source(self) -> Source | None:
+        return source_of(self.config_in_files.get("model_type"), self.config_in_files.get)
+
+    @cached_property
+    def wrapper(self) -> Wrapper | None:
+        return wrappers().get(str(self.config_in_files.get("model_type")))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        found = self.config_in_files
+        if self.source:
+            return self.source.native_config(found, self.name)
+        return self._text_config(self.wrapper) if self.wrapper else found
+
+    def _text_config(self, wrapper: Wrapper) -> dict[str, Any]:
+        """The text model's configuration, as its own class has it, where it is a part of what lies in the folder."""
+        found, whole = self.config_in_files, self._transformers_config()
+        text = whole.get_text_config().to_dict()
+        kind = str(text["model_type"])
+        own = {"model_type": wrapper.families.get(kind, kind), "tie_word_embeddings": whole.tie_word_embeddings}
+        own |= {key: found[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in found}
+        if isinstance(flap := found.get("flap"), dict):
+            own["flap"] = {key: value for key, value in flap.items() if key != "decoder_layers"}
+        return text | own
+
+    @property
+    def is_converted(self) -> bool:
+        return bool(self.source or self.wrapper)
+
+    @cached_property
+    def family(self) -> Family:
+        overrides = self.wrapper.overrides if self.wrapper else None
+        return family_of(self.config.get("model_type"), self.setting, self.name, overrides)
+
+    @cached_property
+    def companions(self) -> dict[str, Path]:
+        code = self.config_in_files.get("auto_map") if self.source else None
+        named = code.items() if isinstance(code, dict) else ()
+        # What reads the publisher's form of the model, which is not what is written.
+        left = {f"{str(place).partition('.')[0]}.py" for kind, place in named if kind != "AutoTokenizer"}
+        return {name: path for name, path in companion_files(self.path).items() if name not in left}
 
     def _weight_files(self, single: str, kind: str) -> list[Path]:
         """The one weight file of that name, or all that its index names."""
@@ -72,9 +119,9 @@ class FolderCheckpoint(Checkpoint):
     def _architecture_digest(self) -> "hashlib._Hash":
         """A SHA-256 fed with what of config.json may matter; what tells the weights is to be added."""
         # Pruned folders of equal sizes differ by the plan that they were made by, which stands under `flap`.
-        flap = {"flap": self.config.get("flap")}
+        flap = {"flap": self.config_in_files.get("flap")}
         try:
-            return hashlib.sha256(json.dumps(_with_effect(self.config) | flap, sort_keys=True).encode())
+            return hashlib.sha256(json.dumps(_with_effect(self.config_in_files) | flap, sort_keys=True).encode())
         except RecursionError as error:
             raise FlapError(f"{self.name}: its config.json is nested too deeply") from error
 
@@ -88,13 +135,48 @@ class FolderCheckpoint(Checkpoint):
         """One tensor by its name in the files."""
 
     @cached_property
-    def _one_by_one(self) -> dict[str, TensorSpec]:
-        found: dict[str, TensorSpec] = {}
+    def _found(self) -> dict[str, Place]:
+        """Where the files hold each of the model's tensors."""
+        found: dict[str, Place] = {}
         for theirs, spec in self.in_files.items():
-            name = self.family.own_name(theirs)
-            if name in found:
-                raise FlapError(f"{self.name} holds {name} twice, once as {theirs}: remove the one that is not meant")
-            found[name] = replace(spec, name=name)
+            if theirs in self.carried:
+                continue
+            for name, place in self._made_of(spec):
+                if name in found:
+                    raise FlapError(
+                        f"{self.name} holds {name} twice, once as {theirs}: remove the one that is not meant"
+                    )
+                found[name] = place
+        return found
+
+    @cached_property
+    def _sizes_told(self) -> dict[str, int]:
+        """Sizes by the configuration alone."""
+        return self.family.read_sizes(self.setting)
+
+    def _made_of(self, spec: TensorSpec) -> list[tuple[str, Place]]:
+        """The model's tensors that are made of one in the files."""
+        if not self.source:
+            return [(self.own_name(spec.name), Place(spec.name))]
+        try:
+            return list(self.source.places(spec.name, spec.shape[0] if spec.shape else 1, self._sizes_told))
+        except FlapError as error:
+            raise FlapError(f"{self.name}: {error}") from error
+
+    @cached_property
+    def carried(self) -> dict[str, TensorSpec]:
+        if not (wrapper := self.wrapper):
+            return {}
+        return {name: spec for name, spec in self.in_files.items() if wrapper.carries(name)}
+
+    @cached_property
+    def _one_by_one(self) -> dict[str, TensorSpec]:
+        in_files = self.in_files
+        found = {}
+        for name, (theirs, rows, _) in self._found.items():
+            spec = in_files[theirs]
+            shape = spec.shape if rows is None else (len(rows), *spec.shape[1:])
+            found[name] = TensorSpec(name, shape, spec.dtype)
         return found
 
     @cached_property
@@ -114,16 +196,16 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def experts_in_files(self) -> dict[str, Parts]:
-        known = self.name_in_files
-        return {w: [[known[part] for part in parts] for parts in experts] for w, experts in self._experts.items()}
+        known = self._found
+        return {w: [[known[part].name for part in parts] for parts in each] for w, each in self._experts.items()}
 
     @cached_property
     def name_in_files(self) -> dict[str, str]:
-        return {self.family.own_name(theirs): theirs for theirs in self.in_files}
+        return {} if self.source else {name: place.name for name, place in self._found.items()}
 
     def read(self, name: str) -> "torch.Tensor":
         if not (experts := self.experts_in_files.get(name)):
-            return self.read_from_file(self.name_in_files[name])
+            return self._read_one(Place(name) if name in self.carried else self._found[name])
         import torch
 
         spec = self.stored[name]
@@ -132,9 +214,17 @@ class FolderCheckpoint(Checkpoint):
             torch.cat([self.read_from_file(part) for part in parts], out=whole[place])
         return whole
 
+    def _read_one(self, place: Place) -> "torch.Tensor":
+        tensor = self.read_from_file(place.name)
+        if place.rows is not None:
+            import torch
+
+            tensor = tensor.index_select(0, torch.from_numpy(place.rows))
+        return _normalised(tensor) if place.is_normalised else tensor
+
     @property
     def _stored_sizes(self) -> list[tuple[str, int]]:
-        return [(spec.dtype, spec.nbytes) for spec in self.stored.values()]
+        return [(spec.dtype, spec.nbytes) for spec in (*self.stored.values(), *self.carried.values())]
 
     @property
     def license(self) -> str | None:
@@ -169,14 +259,41 @@ class FolderCheckpoint(Checkpoint):
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code)
+        self._refuse_remote_tokenizer()
+        known = {"config": self.load_config()} if self.source else {}
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.hub.trust_remote_code, **known)
+
+    def _refuse_remote_tokenizer(self) -> None:
+        """Raise FlapError where only code in the folder knows the tokens: transformers might take others for them."""
+        from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+        path = self.path / "tokenizer_config.json"
+        told = read_json(path) if path.exists() else {}
+        if "auto_map" not in told or self.hub.trust_remote_code or (self.path / "tokenizer.json").exists():
+            return
+        if tokenizer_class_from_name(str(told.get("tokenizer_class"))) is None:
+            raise FlapError(
+                f"only code in the folder can read it (auto_map in {path.name}), which flap runs where "
+                "--trust-remote-code is given: look at it first, or put the tokenizer.json of a converted one beside it"
+            )
 
     def load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.path)
+            if self.is_converted:
+                return AutoConfig.for_model(**deepcopy(self.config))  # whose dicts it writes into
         except Exception as error:  # each field has a check of its own
+            raise FlapError(f"{self.name}: transformers can't read its config.json: {first_line(error)}") from error
+        return self._transformers_config()
+
+    def _transformers_config(self) -> "PreTrainedConfig":
+        """What transformers makes of config.json as it is."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except Exception as error:  # as above
             raise FlapError(f"{self.name}: transformers can't read its config.json: {first_line(error)}") from error
 
 
@@ -188,6 +305,13 @@ def _with_effect(config: dict[str, Any]) -> dict[str, Any]:
         left.add("max_position_embeddings")
     inner = {key for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
     return {key: _with_effect(value) if key in inner else value for key, value in config.items() if key not in left}
+
+
+def _normalised(rows: "torch.Tensor") -> "torch.Tensor":
+    """Rows divided by their lengths, in the dtype that they are stored in, as Baichuan2's own code does."""
+    import torch
+
+    return torch.nn.functional.normalize(rows)
 
 
 class SafetensorsCheckpoint(FolderCheckpoint):

@@ -88,7 +88,7 @@ def _renew_card(checkpoint: Checkpoint, name: str | Path, report: EvalReport, pr
     """Put the figures into the card of a pruned folder, unless it is a copy in the hub's cache."""
     if checkpoint.flap and Path(name).exists():
         try:
-            renew_card(PrunedFolder(checkpoint.path, checkpoint.config, checkpoint.flap), report)
+            renew_card(PrunedFolder(checkpoint.path, checkpoint.config_in_files, checkpoint.flap), report)
         except FlapError as error:
             progress.note(f"the model card keeps its old figures: {error}")
 

@@ -30,7 +30,7 @@ def load_model(
     quiet_transformers()
     checkpoint.shape  # noqa: B018  refuses a corrupt checkpoint in our words, before transformers does
     try:
-        if checkpoint.path.is_file():
+        if checkpoint.is_converted:
             model, told = _from_tensors(checkpoint, dtype)
         else:
             model, told = _class_of(checkpoint).from_pretrained(
@@ -42,7 +42,7 @@ def load_model(
             )
         _refuse_gaps(checkpoint, told)
         if device_map:
-            return (_spread(model, device_map) if checkpoint.path.is_file() else model).eval()
+            return (_spread(model, device_map) if checkpoint.is_converted else model).eval()
         return model.to(device).eval()
     except (FlapError, MemoryError):
         raise
@@ -54,7 +54,7 @@ def load_model(
 
 def _refuse_gaps(checkpoint: Checkpoint, told: dict[str, Any]) -> None:
     """Raise FlapError where transformers made weights up, or left some of the checkpoint's out."""
-    left_out = [name for name in told["unexpected_keys"] if checkpoint.family.own_name(name) in checkpoint.tensors]
+    left_out = [name for name in told["unexpected_keys"] if checkpoint.own_name(name) in checkpoint.tensors]
     for what, names in (
         ("finds no weights for", told["missing_keys"]),
         ("finds other shapes for", told["mismatched_keys"]),
@@ -127,9 +127,10 @@ def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel]:
 
 
 def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Build from tensors read one by one, for sources that from_pretrained reads slowly (GGUF); and what was told."""
+    """Build from tensors read one by one, for what from_pretrained can't read or reads slowly; and what was told."""
     tensors = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     config = checkpoint.load_config()
     config.architectures = [checkpoint.family.architecture]
-    architecture = AutoModelForCausalLM._model_mapping[type(config)]
-    return architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
+    kind = _class_of(checkpoint)
+    kind = AutoModelForCausalLM._model_mapping[type(config)] if kind is AutoModelForCausalLM else kind
+    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)

@@ -1,6 +1,7 @@
 """What a pruned folder holds besides weights: configuration, code, tokenizer, plan and model card."""
 
 import json
+import operator
 import shutil
 from math import prod
 from pathlib import Path
@@ -10,6 +11,7 @@ from flapcli.architecture import modeling_flap
 from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
 from flapcli.architecture.rows import evaluate
 from flapcli.architecture.shape import OWN_SIZES, LayerShape, Module, Size
+from flapcli.architecture.wrapper import AUTO_CLASS
 from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
 from flapcli.artifacts.pruned_folder import file_sizes
@@ -42,7 +44,7 @@ def write_companions(folder: Path, layout: Layout, made_by: MadeBy, report: FitR
 def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
     """What config.json says under `flap`."""
     family, layers, before = layout.checkpoint.family, layout.layers, layout.checkpoint.flap
-    place = family.layer.removesuffix(".{i}")
+    place = wrapper.layers if (wrapper := layout.checkpoint.wrapper) else family.layer.removesuffix(".{i}")
     outputs = {family.module(module).output for module in family.modules} if layout.adds_bias else set()
     biases = {output for output in outputs if _is_there(layout, f"{output}.bias")}
     errors = {module: [report.errors.get((i, module)) for i in layers.source_indices] for module in family.modules}
@@ -62,14 +64,18 @@ def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
 
 def _config(layout: Layout, section: FlapSection) -> dict[str, Any]:
     """config.json: the source's, with what the layout changes."""
-    source, family = layout.checkpoint.config, layout.checkpoint.family
+    checkpoint, wrapper = layout.checkpoint, layout.checkpoint.wrapper
+    source = checkpoint.config_in_files if wrapper else checkpoint.config
     config = {key: value for key, value in source.items() if key not in ("torch_dtype", "flap", "auto_map")}
-    config |= layout.layers.config_fields
+    name, auto_class = checkpoint.family.architecture, "AutoModelForCausalLM"
+    if wrapper:
+        name, auto_class = wrapper.architecture, AUTO_CLASS
+    change = wrapper.changed if wrapper else operator.or_
+    config = change(config, layout.layers.config_fields)
     if layout.stock:
-        config |= {"architectures": [family.architecture]} | layout.stock.config_fields
+        config = change(config | {"architectures": [name]}, layout.stock.config_fields)
     else:
-        name = f"Flap{family.architecture}"
-        config |= {"architectures": [name], "auto_map": {"AutoModelForCausalLM": f"{MODELING[:-3]}.{name}"}}
+        config |= {"architectures": [f"Flap{name}"], "auto_map": {auto_class: f"{MODELING[:-3]}.Flap{name}"}}
     return config | _old_rope(config) | {"dtype": TABLE[layout.dtype][0], "flap": section.as_json()}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flapcli.architecture.family import renamed
 from flapcli.architecture.rows import RowMap
 from flapcli.architecture.shape import LayerShape, Module
 from flapcli.artifacts.plan import Plan, pruned_layers
@@ -145,9 +146,11 @@ def layout_of(checkpoint: Checkpoint, plan: Plan, options: ApplyOptions, adds_bi
     stock, why = None, ""
     if options.remote_code == "auto":
         stock, why = stock_form_of(checkpoint, sizes, layers, adds_bias)
-    steps = _Steps(checkpoint, plan, masked, adds_bias, layers, asked, dtype, stock is not None).in_order()
-    zeros = (Zeros(TensorSpec(name, shape, dtype)) for name, shape in (stock.zero_biases if stock else {}).items())
-    return Layout(checkpoint, plan, masked, adds_bias, layers, sizes, dtype, stock, why, (*steps, *zeros))
+    steps = _Steps(checkpoint, plan, masked, adds_bias, layers, asked, dtype, stock is not None)
+    biases = stock.zero_biases if stock else {}
+    zeros = (Zeros(TensorSpec(steps.name_in_files(name), shape, dtype)) for name, shape in biases.items())
+    in_order = (*steps.in_order(), *zeros, *steps.carried())
+    return Layout(checkpoint, plan, masked, adds_bias, layers, sizes, dtype, stock, why, in_order)
 
 
 def _refuse_dtypes(checkpoint: Checkpoint) -> None:
@@ -317,11 +320,25 @@ class _Steps:
         """A tensor of a layer that is written, under its name in the source, as the pruned checkpoint has it.
 
         A stock folder's files go on calling it as the source's call the one, or its like, of the layer whose index it
-        takes; others have the model's own names.
+        takes; others have the model's own names, or those of the class that it is a part of.
         """
-        final, known = str(self._final_name(name)), self.checkpoint.name_in_files if self.is_stock else {}
+        return TensorSpec(self.name_in_files(str(self._final_name(name))), shape, self.asked or dtype)
+
+    def name_in_files(self, final: str) -> str:
+        """What the pruned checkpoint's files call a tensor of its model."""
+        if not self.is_stock:
+            return renamed(final, wrapper.text_in_class) if (wrapper := self.checkpoint.wrapper) else final
+        known = self.checkpoint.name_in_files
         if final not in known:  # a bias that is added
             owner, _, leaf = final.rpartition(".")
             stored = known.get(f"{owner}.weight", "")
             final = stored.removesuffix("weight") + leaf if stored.endswith(".weight") else final
-        return TensorSpec(known.get(final, final), shape, self.asked or dtype)
+        return known.get(final, final)
+
+    def carried(self) -> Iterator[Step]:
+        """Tensors of other parts than the model, which are as they were but for a --dtype."""
+        wrapper = None if self.is_stock else self.checkpoint.wrapper
+        for name, spec in self.checkpoint.carried.items():
+            dtype = self.asked if self.asked and spec.dtype in SLICED else spec.dtype
+            final = renamed(name, wrapper.others_in_class) if wrapper else name
+            yield Copy(TensorSpec(final, spec.shape, dtype), name)

@@ -116,8 +116,8 @@ def _tensors_of(layout: Layout, layer: int) -> dict[str, torch.Tensor]:
     prefix = f"{layout.checkpoint.family.layer.format(i=layer)}."
     found: dict[str, torch.Tensor] = {}
     for step in layout.steps:
-        specs = specs_of(step)
-        if specs and specs[0].name.startswith(prefix):
+        names = [layout.checkpoint.own_name(spec.name) for spec in specs_of(step)]
+        if names and names[0].startswith(prefix):
             made = make(step, layout, ClosedForm("none", None, 0.0, False), FitReport())
-            found |= {s.name.removeprefix(prefix): t.float() for s, t in zip(specs, made, strict=True)}
+            found |= {name.removeprefix(prefix): t.float() for name, t in zip(names, made, strict=True)}
     return found

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from flapcli.architecture.shape import Module
+from flapcli.artifacts.plan import load_plan
 
 
 def edit_keep(run: Path, *places: tuple[int, Module], keep: str = "") -> None:
@@ -15,3 +16,15 @@ def edit_keep(run: Path, *places: tuple[int, Module], keep: str = "") -> None:
         row = next(i for i in range(start, start + 5) if lines[i].strip().startswith(f"{module}:"))
         lines[row] = re.sub('keep: ".*?"', f'keep: "{keep}"', lines[row])
     path.write_text("\n".join(lines))
+
+
+def even_plan(run, folder, flap, whole=False):
+    """A plan in `folder` by the statistics of `run`, which keeps the same units in all three layers.
+
+    `whole`: attention keeps all.
+    """
+    flap("plan", "-d", run, "--out", folder / "plan.yaml", "--ratio", "0")
+    unit = load_plan(folder / "plan.yaml").layers[0].attention
+    heads = "0,2" if unit.of == 3 else "0,2,3,5"
+    for module, keep in (("attention", unit.keep if whole else heads), ("mlp", "0-39")):
+        edit_keep(folder, *((layer, module) for layer in range(3)), keep=keep)

@@ -107,11 +107,16 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def make_family(folder, name):
+def make_family(folder, name, changes=None):
     """A random model in which every unit matters, its biases and norms included, and a tokenizer."""
     torch.manual_seed(0)
     kind, settings = FAMILY_CONFIGS[name]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
+    settings = copy.deepcopy(settings) | (changes or {})
+    return save_random(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), folder)
+
+
+def save_random(model, folder):
+    """The model with random values for its own, in a folder with a tokenizer."""
     with torch.no_grad():
         for parameter in model.parameters():
             size = 0.3 if parameter.ndim > 1 else 0.1

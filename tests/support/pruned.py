@@ -3,7 +3,7 @@
 import json
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from flapcli.architecture import modeling_flap as modeling
 from flapcli.artifacts.plan import load_plan
@@ -22,15 +22,18 @@ def logits(model, ids=IDS):
 def load_pruned(folder, **how):
     """By flap's own class, or by transformers' where the folder is a stock checkpoint."""
     config = json.loads((folder / "config.json").read_text())
-    stock = "auto_map" not in config
-    loader = AutoModelForCausalLM if stock else getattr(modeling, config["architectures"][0])
+    name = config["architectures"][0]
+    loader = AutoModelForImageTextToText if name.endswith("ForConditionalGeneration") else AutoModelForCausalLM
+    if "auto_map" in config:
+        loader = getattr(modeling, name)
     return loader.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
 def masked_dense(dense_folder, run, bias=True, stats=None, **how):
     """A model with the columns of pruned channels zeroed and the paper's bias, which nothing of flap computes."""
     model, plan = load_pruned(dense_folder, **how), load_plan(run / "plan.yaml")
-    stats, family = load_stats(stats or run / "stats.safetensors"), open_checkpoint(str(dense_folder)).family
+    stats, checkpoint = load_stats(stats or run / "stats.safetensors"), open_checkpoint(str(dense_folder))
+    family, wrapper = checkpoint.family, checkpoint.wrapper
     for i in range(len(plan.layers)):
         for module in plan.modules:
             if not (units := plan.layers[i].module(module).of):
@@ -38,7 +41,9 @@ def masked_dense(dense_folder, run, bias=True, stats=None, **how):
             if module == "experts":
                 mask_experts(model.get_submodule(family.layer.format(i=i)), family.experts, plan.kept(i, module))
                 continue
-            projection, mean = model.get_submodule(family.output(i, module)), stats.modules[i, module].mean
+            path = family.output(i, module)
+            path = path.replace("model.layers", wrapper.layers) if wrapper else path
+            projection, mean = model.get_submodule(path), stats.modules[i, module].mean
             gone = torch.ones(units, len(mean) // units, dtype=torch.bool)
             gone[plan.kept(i, module)] = False
             columns = projection.weight.detach().T if family.transposed else projection.weight.detach()

@@ -1,0 +1,167 @@
+"""Models of several kinds of input: the text model is pruned, all else is carried over, and the whole loads again."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.edits import edit_keep, even_plan
+from support.families import save_random
+from support.pruned import CLOSE, load_pruned, logits, masked_dense, step_by_step
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from flapcli.architecture.wrapper import wrappers
+from flapcli.checkpoints import open_checkpoint
+from flapcli.execution.loading import load_model
+
+SMALL = ["--nsamples", "8", "--seqlen", "16", "--dtype", "float32"]
+TEXT = {
+    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+TOWER = {"depth": 1, "num_heads": 2, "patch_size": 14}
+
+
+def pair(text, vision, **more):
+    return {"text_config": TEXT | text, "vision_config": vision} | more
+
+
+# By name: the model_type, and what its configuration is made with.
+WHOLES = {
+    "gemma3": ("gemma3", pair({"model_type": "gemma3_text", "sliding_window": 5, "query_pre_attn_scalar": 8},
+                              VISION | {"model_type": "siglip_vision_model"}, mm_tokens_per_image=4)),
+    "mistral3": ("mistral3", pair({"model_type": "mistral"}, VISION | {"model_type": "pixtral"})),
+    "mistral3-ministral3": ("mistral3", pair({"model_type": "ministral3"}, VISION | {"model_type": "pixtral"})),
+    "llava": ("llava", pair({"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"})),
+    "llava_next": ("llava_next", pair({"model_type": "mistral"}, VISION | {"model_type": "clip_vision_model"})),
+    "qwen2_vl": ("qwen2_vl", pair(SECTIONS, TOWER | {"embed_dim": 32, "hidden_size": 48})),
+    "qwen2_5_vl": ("qwen2_5_vl", pair(SECTIONS, TOWER | {"hidden_size": 32, "out_hidden_size": 48,
+                                                         "intermediate_size": 40})),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=WHOLES)
+def made(request, tmp_path_factory, flap, text_file):
+    """The dense whole, and a run folder with statistics and an uneven plan of its text model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    kind, settings = WHOLES[request.param]
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
+    dense, run = save_random(whole, folder / "dense"), folder / "run"
+    flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
+    flap("plan", "-d", run, "--ratio", "0.3")
+    edit_keep(run, (0, "attention"), keep="0")
+    edit_keep(run, (2, "attention"))
+    flap("apply", "-d", run)
+    return dense, run
+
+
+def others(model):
+    """Tensors of other parts than the text model."""
+    return {name: t for name, t in model.state_dict().items() if "language_model" not in name and "lm_head" not in name}
+
+
+def test_every_description_has_a_model():
+    assert {kind for kind, _ in WHOLES.values()} == set(wrappers())
+
+
+def test_the_text_model_computes_what_the_whole_does(made):
+    """Without pictures; it is of another class, by which it is calibrated and measured."""
+    dense, _ = made
+    checkpoint, model = open_checkpoint(str(dense)), load_pruned(dense)
+    text = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logits(text), logits(model), rtol=1e-6, atol=1e-6)
+    assert checkpoint.shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert len(others(model)) > 10
+
+
+def test_sliced_equals_masked_in_the_whole(made, flap, text_file):
+    """All else is there bit for bit; and the text model of the pruned whole, of its own class, computes the same."""
+    dense, run = made
+    sliced, expected = load_pruned(run / "pruned"), masked_dense(dense, run)
+    torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
+    torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
+    text = load_model(open_checkpoint(run / "pruned"), torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logits(text), logits(sliced), rtol=1e-6, atol=1e-6)
+    kept, before = others(sliced), others(expected)
+    assert kept.keys() == before.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+    small = ["--perplexity", text_file, "--seqlen", "32", "--dtype", "float32", "--json", "-o", run / "e.json"]
+    found = json.loads(flap("eval", run / "pruned", *small, "--stream").stdout)
+    again = json.loads(flap("eval", run / "pruned", *small, "--no-stream").stdout)
+    for one, other in ((found, again), (found["baseline"], again["baseline"])):
+        assert one["perplexity"][str(text_file)] == pytest.approx(other["perplexity"][str(text_file)], rel=1e-5)
+
+
+def test_even_is_stock_where_its_configuration_can_say_it(made, flap, tmp_path):
+    """Of the class that transformers has of the whole; biases of compensation are another matter than sizes."""
+    dense, run = made
+    even_plan(run, tmp_path, flap)
+    (tmp_path / "stats.safetensors").write_bytes((run / "stats.safetensors").read_bytes())
+    flap("apply", "-d", tmp_path, "--compensate", "none")
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert ("auto_map" in config) == (config["model_type"] in ("qwen2_vl", "qwen2_5_vl"))
+    sliced = load_pruned(tmp_path / "pruned")
+    torch.testing.assert_close(logits(sliced), logits(masked_dense(dense, tmp_path, bias=False)), **CLOSE)
+    _, told = type(sliced).from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_whole_layers_and_a_second_round(made, flap, tmp_path, text_file):
+    """Layers are dropped in the whole's configuration too, and what was pruned is pruned again."""
+    _, run = made
+    flap("plan", "-d", run, "--out", tmp_path / "plan.yaml", "--method", "depth", "--ratio", "0.3")
+    (tmp_path / "stats.safetensors").write_bytes((run / "stats.safetensors").read_bytes())
+    flap("apply", "-d", tmp_path)
+    assert open_checkpoint(tmp_path / "pruned").shape.num_layers == 2
+    first = load_pruned(tmp_path / "pruned")
+    flap("calibrate", run / "pruned", "-d", tmp_path / "again", "--dataset", text_file, *SMALL)
+    flap("plan", "-d", tmp_path / "again", "--ratio", "0.3")
+    flap("apply", "-d", tmp_path / "again")
+    sliced, expected = load_pruned(tmp_path / "again" / "pruned"), masked_dense(run / "pruned", tmp_path / "again")
+    torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
+    assert first.config.get_text_config().num_hidden_layers == 2
+
+
+def test_a_description_is_tried(made, flap):
+    found = json.loads(flap("families", "--check", made[0], "--json").stdout)
+    assert all(row["difference"] < 1e-4 for row in found["layers"])
+
+
+def test_names_of_both_ages(made, tmp_path):
+    """Files have the text model under language_model.model, or, by class, under model.language_model."""
+    dense, _ = made
+    expected = open_checkpoint(str(dense))
+    for path in dense.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    there = {name: tensor.clone() for name, tensor in load_pruned(dense).state_dict().items()}
+    save_file(there, tmp_path / "model.safetensors", {"format": "pt"})
+    read = open_checkpoint(str(tmp_path))
+    assert read.shape.parameters == expected.shape.parameters
+    assert read.tensors == expected.tensors
+    assert all(torch.equal(read.read(name), expected.read(name)) for name in expected.tensors)
+
+
+def test_a_process_without_flap_loads_the_whole(made, tmp_path):
+    """By the class in `auto_map`, its pictures' part too."""
+    _, run = made
+    if json.loads((run / "pruned" / "config.json").read_text())["model_type"] != "gemma3":
+        return
+    code = (
+        "import sys; sys.modules['flapcli'] = None\n"
+        "import torch; from transformers import AutoModelForImageTextToText as Auto\n"
+        f"model = Auto.from_pretrained({str(run / 'pruned')!r}, trust_remote_code=True, dtype=torch.float32).eval()\n"
+        f"with torch.no_grad(): torch.save(model(torch.arange(8)[None]).logits, {str(tmp_path / 'l.pt')!r})\n"
+        "assert model.get_image_features(torch.zeros(1, 3, 28, 28)).pooler_output is not None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(
+        torch.load(tmp_path / "l.pt"), logits(load_pruned(run / "pruned"), torch.arange(8)[None]), **CLOSE
+    )
