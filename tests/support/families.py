@@ -93,11 +93,11 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def make_family(folder, name):
-    """A random model in which every unit matters, its biases and norms included, and a tokenizer."""
+def make_family(folder, name, **more):
+    """A random model in which every unit matters, its biases and norms included, and a tokenizer; `more` settings."""
     torch.manual_seed(0)
     kind, settings = FAMILY_CONFIGS[name]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings | more)))
     with torch.no_grad():
         for parameter in model.parameters():
             size = 0.3 if parameter.ndim > 1 else 0.1
