@@ -65,7 +65,8 @@ class GgufCheckpoint(Checkpoint):
         keys = {SIZES[size]: key for size, key in self.family.sizes.items() if isinstance(key, str)} | form.settings
         named = [(f"{form.architecture}.{name}", key) for name, key in keys.items()]
         named += [(f"tokenizer.ggml.{name}_token_id", key) for key, name in TOKENS.items()]
-        given = {key: metadata[name] for name, key in named if name in metadata}
+        # A zero that is no token's id says that there is none, such as a sliding window of no tokens.
+        given = {k: v for n, k in named if (v := metadata.get(n)) is not None and (v is False or v != 0 or k in TOKENS)}
         scaling = metadata.get(f"{form.architecture}.rope.scaling.type", "none")
         if scaling != "none":
             raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
