@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from flapcli.architecture.flap_section import FlapSection
+from flapcli.architecture.gguf_form import GgufDescription
 from flapcli.architecture.rows import Symbols
 from flapcli.architecture.shape import EVERY_MODULE, OWN_SIZES, LayerShape, Module
 from flapcli.errors import FlapError
@@ -78,32 +79,6 @@ class ModuleDescription(Record):
         return self.producers | self.unit_tensors
 
 
-class GgufExport(Record):
-    """The architecture of llama.cpp that has per-layer sizes and computes what the family computes.
-
-    `permuted` are the projections whose rows its rotation wants interleaved; `requires` maps keys of
-    config.json to the values for which the two compute the same (null: the key is missing or null).
-    """
-
-    architecture: str
-    permuted: list[str]
-    requires: dict[str, list[str | bool | None]]
-
-
-class GgufDescription(Record):
-    """How llama.cpp stores the family: its name of the architecture, None of one that flap does not read from GGUF, and
-    the projections whose rows it permutes.
-
-    `config` maps its metadata's keys, below the architecture's name, to those of config.json that they fill. `export`
-    is how a pruned model is written, or the reason why it can't be.
-    """
-
-    architecture: str | None
-    permuted: list[str]
-    config: dict[str, str]
-    export: GgufExport | str = "flap knows no architecture of llama.cpp with per-layer sizes for it"
-
-
 class Refusal(Record):
     """A value of config.json that makes a model one that flap can't prune, and why."""
 
@@ -165,7 +140,7 @@ class Family(Record):
         grouped = self.sizes.get("num_key_value_heads")
         unit = "head" if grouped is None else "query_head" if grouped == 1 else "kv_group, query_head"
         sayable = [word for word, key in (("heads", "head_dim"), ("neurons", "intermediate_size")) if key in self.sizes]
-        export = self.gguf.export
+        forms, uneven = self.gguf.forms, self.gguf.uneven
         return {
             "family": self.name,
             "models": self.covers,
@@ -173,8 +148,8 @@ class Family(Record):
             "unit": unit,
             "prunable": ", ".join(m for m in self.modules if self.module(m).stays_whole is None),
             "stock_when_even": ", ".join(sayable) or "no",
-            "gguf": "no" if isinstance(export, str) else export.architecture,
-            "gguf_why": export if isinstance(export, str) else "",
+            "gguf": ", ".join(form.architecture + " if even" * (not form.per_layer) for form in forms) or "no",
+            "gguf_why": uneven if isinstance(uneven, str) else "",
             "notes": self.notes,
         }
 
@@ -250,11 +225,15 @@ def _description(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A description over another; `gguf` and the modules are taken key by key."""
+    """A description over another; modules, `gguf` and its forms are taken key by key."""
     merged = base | own
     for key in ("gguf", *EVERY_MODULE):
         if key in merged:
             merged[key] = base.get(key, {}) | own.get(key, {})
+    for key in ("own", "uneven"):
+        forms = [description.get("gguf", {}).get(key) for description in (base, own)]
+        if all(isinstance(form, dict) for form in forms):
+            merged["gguf"][key] = forms[0] | forms[1]
     return merged
 
 
@@ -301,8 +280,8 @@ def refuse(refusals: list[Refusal], setting: Setting, where: str) -> None:
 
 def family_of_gguf(architecture: str, where: str) -> Family:
     """The family of a GGUF file's `general.architecture`; the first, where several share one (llama)."""
-    for family in families().values():
-        if family.gguf.architecture == architecture:
-            return family
-    known = ", ".join(sorted({name for family in families().values() if (name := family.gguf.architecture)}))
-    raise FlapError(f"{where}: GGUF architecture {architecture!r:.80} is not supported; flap reads: {known}")
+    read = {f.gguf.own.architecture: f for f in reversed(families().values()) if f.gguf.own and f.gguf.own.read}
+    if architecture not in read:
+        known = ", ".join(sorted(read))
+        raise FlapError(f"{where}: GGUF architecture {architecture!r:.80} is not supported; flap reads: {known}")
+    return read[architecture]

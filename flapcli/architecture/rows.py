@@ -76,6 +76,16 @@ class RowMap:
         """Rows in a layer of these sizes."""
         return sum(getattr(layer, size) * rows for size, rows in self.per.items())
 
+    def of_symbol(self, index: int, layer: LayerShape) -> NDArray[np.int64]:
+        """Rows of one of the description's symbols, counted through all blocks, ascending."""
+        named = [size for block in self.blocks for size, _ in block]
+        turns = max(1, getattr(layer, "num_key_value_heads" if "num_key_value_heads" in named else named[0]))
+        numbers, rows = iter(range(sum(map(len, self.blocks)))), []
+        for block in self.blocks:
+            turn = [np.full(n * getattr(layer, size) // turns, next(numbers)) for size, n in block]
+            rows.append(np.tile(np.concatenate(turn), turns))
+        return np.flatnonzero(np.concatenate(rows) == index)
+
     def indices(self, kept: Kept) -> NDArray[np.int64]:
         """Rows of what stays, ascending; `kept` is of a module that has units."""
         named = [size for block in self.blocks for size, _ in block]

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from flapcli.architecture.family import Family, GgufExport, families
+from flapcli.architecture.family import Family, families
 from flapcli.architecture.flap_section import FlapSection, MadeBy
 from flapcli.architecture.wrapper import AUTO_CLASS, wrappers
 from flapcli.artifacts.eval_report import EvalReport
@@ -121,7 +121,7 @@ def _loading(remote_code: bool, family: Family, wrapped: bool) -> str:
     runtimes = "A stock checkpoint: no remote code, hence vLLM, TGI and SGLang load it as they load its base model."
     if remote_code:
         runtimes = "`modeling_flap.py` in this folder gives each layer its own sizes; flap itself is not needed."
-    if isinstance(family.gguf.export, GgufExport):
+    if family.gguf.forms:
         runtimes += "\n\nFor llama.cpp, Ollama and LM Studio: `flap export gguf` writes a GGUF file of it."
     return f"""## Loading
 

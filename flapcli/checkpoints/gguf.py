@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapcli.architecture.family import Family, family_of_gguf
+from flapcli.architecture.gguf_form import SIZES, GgufForm
 from flapcli.architecture.rope import llama3_parameters, rope_of
+from flapcli.architecture.shape import Module
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from flapcli.checkpoints.gguf_layout import GgufLayout
 from flapcli.errors import FlapError, first_line
 from flapcli.storage.safetensors_file import TensorSpec
 
@@ -58,20 +61,26 @@ class GgufCheckpoint(Checkpoint):
     def _config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
-        metadata, gguf = self.header.metadata, self.family.gguf
-        found = {key: metadata.get(f"{gguf.architecture}.{name}") for name, key in gguf.config.items()}
-        found |= {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in TOKENS.items()}
-        scaling = metadata.get(f"{gguf.architecture}.rope.scaling.type", "none")
+        metadata, form = self.header.metadata, self._form
+        keys = {SIZES[size]: key for size, key in self.family.sizes.items() if isinstance(key, str)} | form.settings
+        named = [(f"{form.architecture}.{name}", key) for name, key in keys.items()]
+        named += [(f"tokenizer.ggml.{name}_token_id", key) for key, name in TOKENS.items()]
+        # A zero that is no token's id says that there is none, such as a sliding window of no tokens.
+        given = {k: v for n, k in named if (v := metadata.get(n)) is not None and (v is False or v != 0 or k in TOKENS)}
+        scaling = metadata.get(f"{form.architecture}.rope.scaling.type", "none")
         if scaling != "none":
             raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
-        sizes = {key: value for key, value in found.items() if value is not None}
-        self._refuse_layers(self.family.read_sizes(sizes.get)["num_layers"], len(self.header.tensors))
+        sizes = self.family.read_sizes(given.get, self._width)
+        self._refuse_layers(sizes["num_layers"], len(self.header.tensors))
+        given |= {key: self._has_biases(module) for module, key in self.family.bias_options.items()}
+        if form.rotary and (channels := metadata.get(f"{form.architecture}.rope.dimension_count")):
+            given[form.rotary] = channels / sizes["head_dim"]
         try:
             config = AutoConfig.for_model(
                 self.family.name,
                 vocab_size=next(tensor.shape[0] for tensor in self.header.tensors if tensor.name == EMBEDDING),
                 tie_word_embeddings=all(tensor.name != "output.weight" for tensor in self.header.tensors),
-                **sizes,
+                **given,
             )
         except Exception as error:  # each value has a check of its own
             raise FlapError(f"{self.path}: its metadata make no {self.family.name}: {first_line(error)}") from error
@@ -85,7 +94,15 @@ class GgufCheckpoint(Checkpoint):
                     "that flap can tell from the factors: use the model's folder"
                 )
             config.rope_parameters = parameters  # transformers computes the factors from these, and reads none
+        if unmet := form.unmet(lambda key: getattr(config, key, None)):
+            raise FlapError(f"{self.path}: {unmet}: give the model's folder")
         return config
+
+    def _has_biases(self, module: Module) -> bool:
+        """Whether projections of a module have biases, which a configuration says and metadata does not."""
+        begin = f"blk.0.{'attn' if module == 'attention' else 'ffn'}_"
+        names = [tensor.name for tensor in self.header.tensors]
+        return any(n.startswith(begin) and n.endswith(".bias") and "norm" not in n for n in names)
 
     def load_config(self) -> "PreTrainedConfig":
         return self._config
@@ -98,9 +115,29 @@ class GgufCheckpoint(Checkpoint):
         return GGUFReader(self.path)
 
     @cached_property
+    def sizes(self) -> dict[str, int]:
+        return self.family.read_sizes(self.setting, self._width)
+
+    @property
+    def _width(self) -> int | None:
+        """The MLP's, for families whose configuration need not say it."""
+        found = self.header.metadata.get(f"{self._form.architecture}.feed_forward_length")
+        return found if isinstance(found, int) else None
+
+    @property
+    def _form(self) -> GgufForm:
+        form = self.family.gguf.own
+        assert form, "a family is found by its form"
+        return form
+
+    @cached_property
+    def _layout(self) -> GgufLayout:
+        return GgufLayout(self, self._form)
+
+    @cached_property
     def _by_name(self) -> dict[str, GgufTensor]:
-        layers = self.family.read_sizes(self.setting)["num_layers"]
-        names = transformers_names(self.family, layers, str(self.family.gguf.architecture))
+        names = {theirs: ours for ours, theirs in self._layout.names.items()}
+        names = {theirs + suffix: ours + suffix for theirs, ours in names.items() for suffix in (".weight", ".bias")}
         tensors = [tensor for tensor in self.header.tensors if tensor.name != ROPE_FACTORS]
         unknown = [tensor.name for tensor in tensors if tensor.name not in names]
         if unknown:
@@ -109,7 +146,10 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def stored(self) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(name, tensor.shape, "F32") for name, tensor in self._by_name.items()}
+        shapes = {
+            name: t.shape[::-1] if self._layout.is_transposed(name) else t.shape for name, t in self._by_name.items()
+        }
+        return {name: TensorSpec(name, shape, "F32") for name, shape in shapes.items()}
 
     @property
     def _stored_sizes(self) -> list[tuple[str, int]]:
@@ -134,13 +174,14 @@ class GgufCheckpoint(Checkpoint):
     def read(self, name: str) -> "torch.Tensor":
         import torch
 
-        values = torch.from_numpy(self._dequantised(self._by_name[name]))
-        for producer in self.family.gguf.permuted:
-            if f".{producer}." in name:
-                return _unpermute(
-                    values, self.rows("attention")[producer].count(self.shape.layers[0]) // self.sizes["head_dim"]
-                )
-        return values
+        values, prefix = torch.from_numpy(self._dequantised(self._by_name[name])), name.rpartition(".")[0]
+        for _, _, pieces in self._layout.targets.get(prefix, []):
+            if pieces[0].rows is not None:
+                rows = np.concatenate([piece.rows for piece in pieces if piece.rows is not None])
+                values = values[torch.from_numpy(np.argsort(rows))]
+        if self._layout.is_transposed(name):
+            values = values.T.contiguous()
+        return values - 1 if self._layout.is_plus_one(name) else values
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -160,27 +201,6 @@ class GgufCheckpoint(Checkpoint):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-
-
-def _unpermute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """Undo llama.cpp's interleaving of the two rotary halves of each head's rows."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def transformers_names(family: Family, num_layers: int, architecture: str) -> dict[str, str]:
-    """llama.cpp's tensor names in `architecture` to transformers', for all that the family's description names."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    table = get_tensor_name_map(arch, num_layers)
-    projections = [part for m in (family.attention, family.mlp) for part in (m.output, *m.producers)]
-    parts = family.untouched_in_layer + projections
-    prefixes = [f"{family.layer.format(i=i)}.{part}" for i in range(num_layers) for part in parts]
-    names: dict[str, str] = {}
-    for prefix in prefixes + family.outside_layers:
-        if (found := table.get_name(prefix)) is not None:
-            names |= {found + suffix: prefix + suffix for suffix in (".weight", ".bias")}
-    return names
 
 
 def metadata_string(path: Path, key: str) -> str | None:

@@ -1,7 +1,7 @@
 """Write a checkpoint as GGUF, one tensor in memory at a time.
 
-llama.cpp's architecture `deci` has head counts and widths per layer and optional biases on the output
-projections, which is what pruning needs; architecture/families/*.json say which families are a case of it.
+llama.cpp's architecture `deci` has head counts and widths per layer and optional biases on the output projections,
+which is what pruning needs; architecture/families/*.json say which families are a case of it, or of another one.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, RopeScalingType, quantize
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as Value
 from numpy.typing import NDArray
 
-from flapcli.architecture.family import GgufExport
-from flapcli.architecture.rope import llama3_factors, rope_of
-from flapcli.architecture.shape import MODULES, LayerShape, Module
+from flapcli.architecture.gguf_form import SIZES, USUAL, GgufForm
+from flapcli.architecture.rope import rope_divisors, rope_of, rotated
+from flapcli.architecture.shape import MODULES, OWN_SIZES, LayerShape, Module
 from flapcli.checkpoints.checkpoint import Checkpoint
-from flapcli.checkpoints.gguf import transformers_names
+from flapcli.checkpoints.gguf_layout import GgufLayout, Piece
 from flapcli.errors import FlapError
 from flapcli.export.tokenizer import Field
 from flapcli.progress import Progress
@@ -31,6 +32,10 @@ OUTTYPES = {
     "f32": (Kind.F32, LlamaFileType.ALL_F32), "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16), "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }  # fmt: skip
+
+ONE_UNIT = LayerShape(1, 1, 1)
+WRITTEN = {*USUAL, *SIZES.values(), "rope.dimension_count"}  # not as config.json has them
+KINDS = {"attention.sliding_window": Value.UINT32}
 
 
 @dataclass(frozen=True)
@@ -48,44 +53,113 @@ class Entry:
         return prod(self.shape) // block * size
 
 
-def target(checkpoint: Checkpoint) -> GgufExport:
-    """The architecture of llama.cpp that the checkpoint is a case of. Raises FlapError, saying why, where none is."""
-    family, config = checkpoint.family, checkpoint.config
-    export = family.gguf.export
-    if isinstance(export, str):
-        raise FlapError(f"{checkpoint.name}: family {family.name} can't be exported to GGUF: {export}")
-    for key, allowed in export.requires.items():
-        if config.get(key) not in allowed:
-            raise FlapError(
-                f"{checkpoint.name}: {key} is {config.get(key)} in config.json, and llama.cpp's {export.architecture} "
-                f"knows only {' or '.join(map(str, allowed))}"
-            )
-    if (kind := rope_of(config)["rope_type"]) not in ("default", "linear", "llama3"):
-        raise FlapError(f"{checkpoint.name}: rope scaling {kind} is not exported; default, linear and llama3 are")
-    return export
+def target(checkpoint: Checkpoint) -> GgufForm:
+    """The form that llama.cpp has the checkpoint in. Raises FlapError, saying why, where none is."""
+    gguf = checkpoint.family.gguf
+    why = [gguf.uneven] if isinstance(gguf.uneven, str) else []
+    for form in gguf.forms:
+        if (problem := _misfit(checkpoint, form)) is None:
+            return form
+        why.append(problem)
+    raise FlapError(f"{checkpoint.name} can't be exported to GGUF: {'; '.join(why)}")
 
 
-def entries(checkpoint: Checkpoint, outtype: str) -> list[Entry]:
+def _misfit(checkpoint: Checkpoint, form: GgufForm) -> str | None:
+    """Why a checkpoint has no such form, None where it has."""
+    shape, theirs = checkpoint.shape, f"llama.cpp's {form.architecture}"
+    rope, layers = _rope(checkpoint), set(shape.layers)
+    scalings = ("default", "linear", "llama3") if form.rope_factors else ("default", "linear")
+    outputs = {f"{checkpoint.family.output(i, m)}.bias" for i in range(shape.num_layers) for m in MODULES}
+    if unmet := form.unmet(checkpoint.setting):
+        return unmet
+    if rope["rope_type"] not in scalings:
+        return f"rope scaling {rope['rope_type']} is not exported to {form.architecture}; {', '.join(scalings)} are"
+    if not form.per_layer and (len(layers) > 1 or 0 in next(iter(layers))[: len(OWN_SIZES)]):
+        return f"{theirs} has the same sizes in every layer (`flap plan --structure UL-UM` plans such)"
+    if not form.fewer_heads and next(iter(layers))[0] * shape.head_dim != shape.hidden_size:
+        return f"{theirs} can't do with fewer heads (`flap plan --structure UL-MM --remove-heads 0` keeps them)"
+    if not form.output_biases and outputs & checkpoint.tensors.keys():
+        return f"{theirs} adds no biases of output projections (`flap apply --compensate none` adds none)"
+    return None
+
+
+def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
+    return rope_of(checkpoint.load_config().to_dict())
+
+
+def entries(checkpoint: Checkpoint, form: GgufForm, outtype: str) -> list[Entry]:
     """Every tensor of the file, decided from headers alone."""
-    export, shape = target(checkpoint), checkpoint.shape
-    known = transformers_names(checkpoint.family, shape.num_layers, export.architecture)
-    names = {ours: theirs for theirs, ours in known.items()}
-    made = [
-        _entry(names[name], spec.shape, outtype, _reader(checkpoint, name, export))
-        for name, spec in checkpoint.tensors.items()
-    ]
+    layout, shape, made = GgufLayout(checkpoint, form), checkpoint.shape, []
+    for name in checkpoint.tensors:
+        prefix, _, suffix = name.rpartition(".")
+        for ours, part, pieces in layout.targets.get(prefix, [(prefix, prefix, [Piece(prefix, None)])]):
+            theirs = layout.names.get(ours)
+            if theirs is None or suffix not in ("weight", "bias"):
+                raise FlapError(f"{checkpoint.name}: llama.cpp's {form.architecture} has no place for tensor {name}")
+            made.append(_entry(f"{theirs}.{suffix}", outtype, Source(layout, part, pieces, suffix)))
     for layer in range(shape.num_layers):
         for module in MODULES:
             if shape.units(layer, module) == 0:
-                made += _zero_unit(checkpoint, names, layer, module, outtype)
-    rope = rope_of(checkpoint.config)
-    if rope["rope_type"] == "llama3":
-        factors = torch.from_numpy(llama3_factors(rope, shape.head_dim))
+                made += _zero_unit(layout, layer, module, outtype)
+    divisors = rope_divisors(_rope(checkpoint), shape.head_dim) if form.rope_factors else None
+    if divisors is not None:
+        factors = torch.from_numpy(divisors)
         made.append(Entry("rope_freqs.weight", tuple(factors.shape), Kind.F32, lambda: factors))
     return made
 
 
-def _entry(name: str, shape: tuple[int, ...], outtype: str, make: Callable[[], torch.Tensor]) -> Entry:
+@dataclass(frozen=True)
+class Source:
+    """Whence a tensor's values come: the pieces of ours that make it, and what is done to them."""
+
+    layout: GgufLayout
+    part: str
+    pieces: list[Piece]
+    suffix: str
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{piece.source}.{self.suffix}" for piece in self.pieces]
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.layout.is_transposed(self.names[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = [self.layout.checkpoint.tensors[name].shape for name in self.names]
+        sizes = [size[::-1] for size in sizes] if self.is_transposed else sizes
+        rows = [size[0] if p.rows is None else len(p.rows) for size, p in zip(sizes, self.pieces, strict=True)]
+        return (sum(rows), *sizes[0][1:])
+
+    @property
+    def factor(self) -> float:
+        """What the form has no factor for, multiplied in."""
+        checkpoint, product = self.layout.checkpoint, 1.0
+        for key, power in self.layout.form.scaled.get(self.part, {}).items():
+            name = key.removeprefix("tied:")
+            if name == key or checkpoint.tied:
+                product *= float(checkpoint.sizes.get(name) or checkpoint.setting(name)) ** power
+        return product
+
+    def __call__(self) -> torch.Tensor:
+        read = {name: self.layout.checkpoint.read(name) for name in dict.fromkeys(self.names)}
+        found = []
+        for name, piece in zip(self.names, self.pieces, strict=True):
+            values = read[name].T if self.is_transposed else read[name]
+            found.append(values if piece.rows is None else values[torch.from_numpy(piece.rows)])
+        values = torch.cat(found) if found[1:] else found[0]
+        if self.layout.is_plus_one(self.names[0]):
+            values = values.float() + 1
+        return values if self.factor == 1 else values.float() * self.factor
+
+
+def _entry(name: str, outtype: str, make: Source) -> Entry:
+    """A tensor made of ours; norms of every head by itself stay F32 as vectors do."""
+    return _stored(name, make.shape, "f32" if "norm" in name else outtype, make)
+
+
+def _stored(name: str, shape: tuple[int, ...], outtype: str, make: Callable[[], torch.Tensor]) -> Entry:
     """Vectors stay F32, as llama.cpp has them; rows that Q8_0's blocks do not divide become F16."""
     kind = OUTTYPES[outtype][0] if len(shape) > 1 else Kind.F32
     if shape[-1] % GGML_QUANT_SIZES[kind][0]:
@@ -93,31 +167,23 @@ def _entry(name: str, shape: tuple[int, ...], outtype: str, make: Callable[[], t
     return Entry(name, shape, kind, make)
 
 
-def _reader(checkpoint: Checkpoint, name: str, export: GgufExport) -> Callable[[], torch.Tensor]:
-    if any(f".{producer}." in name for producer in export.permuted):
-        return lambda: permute(checkpoint.read(name), checkpoint.shape.head_dim)
-    return lambda: checkpoint.read(name)
-
-
-def permute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Interleave the two rotary halves of each head's rows, as llama.cpp's `normal` rotation reads them."""
-    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _zero_unit(checkpoint: Checkpoint, names: dict[str, str], layer: int, module: Module, outtype: str) -> list[Entry]:
-    """One head or neuron of zeros for a module that pruning emptied.
+def _zero_unit(layout: GgufLayout, layer: int, module: Module, outtype: str) -> list[Entry]:
+    """One head or neuron of zeros for a module that pruning emptied, and zeros for the norms within it.
 
     llama.cpp's deci skips a module that has no units together with its bias, and with the MLP even the
     attention before it (`continue` in its layer loop); a unit of zeros adds exactly the bias and nothing else.
     """
-    shape, family = checkpoint.shape, checkpoint.family
-    description = family.module(module)
-    rows, size = checkpoint.rows(module), 1 if module == "mlp" else shape.head_dim
-    shapes = {part: (sum(rows[part].per.values()), shape.hidden_size) for part in description.producers}
-    shapes[description.output] = (shape.hidden_size, size)
-    prefix = family.layer.format(i=layer)
+    checkpoint, family, hidden = layout.checkpoint, layout.family, layout.checkpoint.shape.hidden_size
+    rows, output = checkpoint.rows(module), family.module(module).output
+    shapes: dict[str, tuple[int, ...]] = {output: (hidden, 1 if module == "mlp" else checkpoint.shape.head_dim)}
+    for part in layout.parts(module):
+        pieces = layout.pieces(module, part, ONE_UNIT) if part != output else []
+        count = sum(rows[p.source].count(ONE_UNIT) if p.rows is None else len(p.rows) for p in pieces)
+        shapes.setdefault(part, (count, hidden))
+    inside, prefix = f"{output.rpartition('.')[0]}.", family.layer.format(i=layer)
+    shapes |= {part: (checkpoint.shape.head_dim,) for part in family.untouched_in_layer if part.startswith(inside)}
     return [
-        _entry(names[f"{prefix}.{part}.weight"], size, outtype, lambda size=size: torch.zeros(size))  # type: ignore[misc]
+        _stored(f"{layout.names[f'{prefix}.{part}']}.weight", size, outtype, lambda size=size: torch.zeros(size))  # type: ignore[misc]
         for part, size in shapes.items()
     ]
 
@@ -125,6 +191,7 @@ def _zero_unit(checkpoint: Checkpoint, names: dict[str, str], layer: int, module
 def write(
     out: Path,
     checkpoint: Checkpoint,
+    form: GgufForm,
     outtype: str,
     tensors: list[Entry],
     vocabulary: list[Field],
@@ -135,10 +202,10 @@ def write(
     total = sum(entry.nbytes for entry in tensors)
     require_space(out.parent, total)
     with atomic_file(out) as scratch, progress.task("export", total, "bytes") as advance:
-        writer = GGUFWriter(scratch, target(checkpoint).architecture)
+        writer = GGUFWriter(scratch, form.architecture)
         try:
             writer.add_string("flap", made_by)
-            _add_parameters(writer, checkpoint, outtype)
+            _add_parameters(writer, checkpoint, form, outtype)
             for field in vocabulary:
                 writer.add_key_value(*field)
             for entry in tensors:
@@ -154,25 +221,30 @@ def write(
             writer.close()
 
 
-def _add_parameters(writer: GGUFWriter, checkpoint: Checkpoint, outtype: str) -> None:
-    """The model's sizes, an emptied module's as the one unit of zeros that stands for it."""
-    config, shape = checkpoint.config, checkpoint.shape
-    layers = [LayerShape(*(max(size, 1) for size in layer)) for layer in shape.layers]
+def _add_parameters(writer: GGUFWriter, checkpoint: Checkpoint, form: GgufForm, outtype: str) -> None:
+    """The model's sizes, an emptied module's as the one unit of zeros that stands for it, and settings of the form."""
+    shape, setting = checkpoint.shape, checkpoint.setting
+    layers = [LayerShape(*map(max, layer, ONE_UNIT)) for layer in shape.layers]
+    heads, groups, widths = ([layer[i] for layer in layers] if form.per_layer else layers[0][i] for i in range(3))
     writer.add_name(f"{Path(checkpoint.name).name} pruned by flap")
     writer.add_file_type(OUTTYPES[outtype][1])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_block_count(shape.num_layers)
-    writer.add_context_length(config.get("max_position_embeddings") or 2048)
+    writer.add_context_length(setting(form.settings["context_length"]) or 2048)
     writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
-    writer.add_head_count([layer.num_attention_heads for layer in layers])
-    writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
+    writer.add_feed_forward_length(widths)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or 1e-6)
+    rope = _rope(checkpoint)
+    writer.add_rope_dimension_count(shape.head_dim if form.rope_factors else rotated(rope, shape.head_dim))
+    for key, name in form.config.items():
+        value = setting(name) if isinstance(name, str) else name
+        if key not in WRITTEN and value is not None:
+            kind = Value.BOOL if isinstance(value, bool) else KINDS.get(key, Value.FLOAT32)
+            writer.add_key_value(f"{form.architecture}.{key}", value, kind)
     writer.add_vocab_size(checkpoint.vocabulary)
-    rope = rope_of(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

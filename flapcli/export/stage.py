@@ -104,15 +104,16 @@ def export_gguf(
 
 def _write(exported: ExportedGguf, checkpoint: Checkpoint, progress: Progress) -> None:
     from flapcli.execution.loading import quiet_transformers
-    from flapcli.export.gguf_writer import entries, write
+    from flapcli.export.gguf_writer import entries, target, write
     from flapcli.export.modelfile import modelfile
 
     quiet_transformers()
     made_by = exported.made_by
-    tensors = entries(checkpoint, made_by.outtype)
+    form = target(checkpoint)
+    tensors = entries(checkpoint, form, made_by.outtype)
     vocabulary = _vocabulary(checkpoint, progress)
     description = json.dumps(made_by.model_dump())
-    write(exported.path, checkpoint, made_by.outtype, tensors, vocabulary, description, progress)
+    write(exported.path, checkpoint, form, made_by.outtype, tensors, vocabulary, description, progress)
     text = modelfile(exported.path.name, checkpoint.load_tokenizer(), _stop_ids(checkpoint))
     with atomic_file(exported.modelfile) as scratch:
         scratch.write_text(text, encoding="utf-8")

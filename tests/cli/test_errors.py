@@ -78,7 +78,7 @@ def test_hub_models_are_read_from_the_cache(flap, tiny, tmp_path, text_file):
 def test_family_that_is_not_supported(flap, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     result = flap("calibrate", tmp_path, "-d", tmp_path / "run", code=1)
-    refused(result, 'model_type "mamba" is not supported', "llama, ministral3, mistral", "a description of its own")
+    refused(result, 'model_type "mamba" is not supported', "ministral3, mistral", "a description of its own")
 
 
 def test_demo_wheel_missing(flap, tmp_path, monkeypatch):

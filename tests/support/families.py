@@ -107,11 +107,11 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def make_family(folder, name, changes=None):
-    """A random model in which every unit matters, its biases and norms included, and a tokenizer."""
+def make_family(folder, name, **more):
+    """A random model in which every unit matters, its biases and norms included, and a tokenizer; `more` settings."""
     torch.manual_seed(0)
     kind, settings = FAMILY_CONFIGS[name]
-    settings = copy.deepcopy(settings) | (changes or {})
+    settings = copy.deepcopy(settings | more)
     return save_random(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), folder)
 
 

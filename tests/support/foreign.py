@@ -123,7 +123,7 @@ FOREIGN = {
 def make_foreign(folder, name):
     """The folder as its publisher has it, with code that must not run; beside it, as `native`, the model it is."""
     kind, family, changes, convert = FOREIGN[name]
-    native = make_family(folder / "native", family, changes)
+    native = make_family(folder / "native", family, **(changes or {}))
     config, tensors = json.loads((native / "config.json").read_text()), load_file(native / "model.safetensors")
     made, found = convert(config, tensors)
     save_file(tensors, native / "model.safetensors", {"format": "pt"})

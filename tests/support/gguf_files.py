@@ -6,8 +6,12 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from flapcli.checkpoints import open_checkpoint
-from flapcli.export.gguf_writer import permute
 from flapcli.export.tokenizer import converted
+
+
+def permute(rows, head_dim: int):
+    """Interleave the two rotary halves of each head's rows, as llama.cpp's `normal` rotation reads them."""
+    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def write_gguf(path: Path, folder: Path, factors: np.ndarray | None = None, vocabulary: bool = False) -> Path:
