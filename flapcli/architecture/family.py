@@ -7,7 +7,7 @@ which one consumes them, and which tensors stay whole; what it leaves out is tha
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -257,18 +257,19 @@ def family_of(model_type: object, setting: Setting, where: str, overrides: Mappi
             f"a new family takes a description of its own beside those in {FAMILIES}"
         )
     description, variants = _description(family.name)
-    for variant in variants:
-        if holds(variant, setting):
-            description = _over(description, {key: value for key, value in variant.items() if key != "when"})
+    for changes in chosen(variants, setting):
+        description = _over(description, changes)
     family = Family.model_validate(_over(description, dict(overrides or {})))
     refuse(family.refuses, setting, where)
     return family
 
 
-def holds(variant: dict[str, Any], setting: Setting) -> bool:
-    """Whether a configuration has the values that a variant is for, and none of those that it is not for."""
-    conditions = [(variant.get(word, {}), word == "when") for word in ("when", "unless")]
-    return all((setting(key) in values) == wanted for found, wanted in conditions for key, values in found.items())
+def chosen(variants: list[dict[str, Any]], setting: Setting) -> Iterator[dict[str, Any]]:
+    """What is other in a configuration's variants: those `when` keys have such values, or `unless` they have."""
+    for variant in variants:
+        conditions = [(variant.get(word, {}), word == "when") for word in ("when", "unless")]
+        if all((setting(key) in values) == wanted for found, wanted in conditions for key, values in found.items()):
+            yield {key: value for key, value in variant.items() if key not in ("when", "unless")}
 
 
 def refuse(refusals: list[Refusal], setting: Setting, where: str) -> None:

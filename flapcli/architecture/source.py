@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flapcli.architecture.family import Refusal, Setting, holds, refuse, renamed
+from flapcli.architecture.family import Refusal, Setting, chosen, refuse, renamed
 from flapcli.architecture.rows import Symbols, split_rows
 from flapcli.errors import FlapError
 from flapcli.storage.record import Record
@@ -132,16 +132,14 @@ def sources() -> dict[str, Source]:
     return {name: _without_variants(description) for name, description in _descriptions().items()}
 
 
-def _without_variants(description: dict[str, Any], **changes: Any) -> Source:
-    return Source.model_validate({key: value for key, value in (description | changes).items() if key != "variants"})
+def _without_variants(description: dict[str, Any]) -> Source:
+    return Source.model_validate({key: value for key, value in description.items() if key != "variants"})
 
 
 def source_of(model_type: object, setting: Setting) -> Source | None:
     """The source that a configuration is of, in its variant; None of one that transformers reads itself."""
     if not (description := _descriptions().get(str(model_type))):
         return None
-    for variant in description.get("variants", []):
-        if holds(variant, setting):
-            changes = {key: value for key, value in variant.items() if key not in ("when", "unless")}
-            description = description | changes
+    for changes in chosen(description.get("variants", []), setting):
+        description = description | changes
     return _without_variants(description)

@@ -5,9 +5,9 @@ from pathlib import Path
 from flapcli.checkpoints.bin_folder import BinCheckpoint, has_only_bin
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.gguf import GgufCheckpoint
-from flapcli.checkpoints.huggingface import SafetensorsCheckpoint
 from flapcli.checkpoints.locate import DEMO, Hub
 from flapcli.checkpoints.locate import locate as _locate
+from flapcli.checkpoints.safetensors_folder import SafetensorsCheckpoint
 from flapcli.errors import FlapError
 
 __all__ = ["DEMO", "Checkpoint", "GgufCheckpoint", "Hub", "open_checkpoint"]

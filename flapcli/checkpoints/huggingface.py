@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a checkpoint: what all share, and those with safetensors weights, whole or in shards."""
+"""A Hugging Face folder as a checkpoint, whatever its weights are stored in."""
 
 import hashlib
 import json
@@ -15,12 +15,11 @@ from flapcli.architecture.wrapper import Wrapper, wrappers
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.companion_files import companion_files
 from flapcli.checkpoints.expert_files import Parts, experts_in_files, spec_of
-from flapcli.checkpoints.shards import raw_bytes
 from flapcli.checkpoints.weight_index import index_of, weight_map
 from flapcli.errors import FlapError, first_line
 from flapcli.storage.dtypes import torch_dtype
 from flapcli.storage.json_file import read_json
-from flapcli.storage.safetensors_file import Header, TensorSpec, read_header, read_into
+from flapcli.storage.safetensors_file import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -312,34 +311,3 @@ def _normalised(rows: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     return torch.nn.functional.normalize(rows)
-
-
-class SafetensorsCheckpoint(FolderCheckpoint):
-    @cached_property
-    def _headers(self) -> dict[Path, Header]:
-        return {path: read_header(path) for path in self._weight_files("model.safetensors", "safetensors")}
-
-    @cached_property
-    def _places(self) -> dict[str, Path]:
-        return {name: path for path, header in self._headers.items() for name in header.tensors}
-
-    @property
-    def in_files(self) -> dict[str, TensorSpec]:
-        return {name: spec for header in self._headers.values() for name, spec in header.tensors.items()}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        digest = self._architecture_digest()
-        for path, header in self._headers.items():
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + header.raw)
-        return digest.hexdigest()
-
-    def read_from_file(self, name: str) -> "torch.Tensor":
-        import torch
-
-        path = self._places[name]
-        spec = self._headers[path].tensors[name]
-        tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-        if spec.nbytes:
-            read_into(path, self._headers[path].offsets[name], raw_bytes(tensor))
-        return tensor

@@ -43,6 +43,8 @@ WHOLES = {
     "qwen2_vl": ("qwen2_vl", pair(SECTIONS, TOWER | {"embed_dim": 32, "hidden_size": 48})),
     "qwen2_5_vl": ("qwen2_5_vl", pair(SECTIONS, TOWER | {"hidden_size": 32, "out_hidden_size": 48,
                                                          "intermediate_size": 40})),
+    "qwen2_5_vl-flat": ("qwen2_5_vl", pair(SECTIONS, TOWER | {"hidden_size": 32, "out_hidden_size": 48,
+                                                              "intermediate_size": 40})),
 }  # fmt: skip
 
 
@@ -54,12 +56,23 @@ def made(request, tmp_path_factory, flap, text_file):
     torch.manual_seed(0)
     whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
     dense, run = save_random(whole, folder / "dense"), folder / "run"
+    if request.param.endswith("-flat"):
+        flatten(dense / "config.json")
     flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
     flap("plan", "-d", run, "--ratio", "0.3")
     edit_keep(run, (0, "attention"), keep="0")
     edit_keep(run, (2, "attention"))
     flap("apply", "-d", run)
     return dense, run
+
+
+def flatten(path):
+    """config.json as Qwen's are on the hub: the text model's keys among all others, and its rotation as of old."""
+    config = json.loads(path.read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    path.write_text(json.dumps(text | config))
 
 
 def others(model):
