@@ -35,7 +35,7 @@ ROOMS = {
     "unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms gguf gguf_layout gguf_header huggingface "
     "checkpoint companion_files locate hub_errors shards weight_index expert_files",
-    "architecture": "source wrapper family gguf_form flap_section modeling_flap rope rows shape",
+    "architecture": "catalogue source wrapper family gguf_form flap_section modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",
 }

@@ -135,24 +135,6 @@ class Family(Record):
     shared_expert: ModuleDescription | None = None
     experts: ModuleDescription | None = None
 
-    def summary(self) -> dict[str, str]:
-        """What `flap families` says of it."""
-        grouped = self.sizes.get("num_key_value_heads")
-        unit = "head" if grouped is None else "query_head" if grouped == 1 else "kv_group, query_head"
-        sayable = [word for word, key in (("heads", "head_dim"), ("neurons", "intermediate_size")) if key in self.sizes]
-        forms, uneven = self.gguf.forms, self.gguf.uneven
-        return {
-            "family": self.name,
-            "models": self.covers,
-            "architecture": self.architecture,
-            "unit": unit,
-            "prunable": ", ".join(m for m in self.modules if self.module(m).stays_whole is None),
-            "stock_when_even": ", ".join(sayable) or "no",
-            "gguf": ", ".join(form.architecture + " if even" * (not form.per_layer) for form in forms) or "no",
-            "gguf_why": uneven if isinstance(uneven, str) else "",
-            "notes": self.notes,
-        }
-
     @property
     def modules(self) -> tuple[Module, ...]:
         """The modules that its layers have, or some of them."""

@@ -157,11 +157,11 @@ def families(
     --check reads headers, and slices the first and the last layer: do all tensors have their place, do sizes agree,
     does a sliced layer compute what the masked one does?
     """
-    from flapcli.architecture.family import families as known
+    from flapcli.architecture.catalogue import catalogue
     from flapcli.views import tables
 
     if check is None:
-        rows = [f.summary() for f in known().values()]
+        rows = catalogue()
         terminal.data(rows) if as_json else tables.show_families(rows)
         return
     from flapcli.checkpoints import open_checkpoint

@@ -147,11 +147,16 @@ def show_export(exported: ExportedGguf) -> None:
 
 def show_families(rows: list[dict[str, str]]) -> None:
     """What is supported, a line a family."""
-    table = Table("family", "models", "unit", "stock if even", "GGUF", "notes")
+    table = Table("family", "models", "unit of attention", "prunable", "stock if even", "GGUF", "notes")
     for row in rows:
-        table.add_row(*(row[key] for key in ("family", "models", "unit", "stock_when_even", "gguf", "notes")))
+        keys = ("family", "models", "unit", "prunable", "stock_when_even", "gguf", "notes")
+        table.add_row(*(row[key] for key in keys))
     out.print(table)
-    out.print(f"{len(rows)} families; attention and MLP are prunable where no note says otherwise")
+    out.print(
+        f"{len(rows)} model types. stock if even: what may go, alike in every layer, from a folder that needs no code "
+        "of flap's, biases being added where its configuration knows them. mlp beside experts: of layers without them. "
+        "GGUF: llama.cpp's architecture."
+    )
 
 
 def show_trials(found: dict[str, Any]) -> None:

@@ -6,12 +6,16 @@ import pytest
 from support.families import FAMILY_CONFIGS, make_family
 
 from flapcli.architecture import family as descriptions
+from flapcli.architecture.source import sources
+from flapcli.architecture.wrapper import wrappers
 
 
 def test_the_table_names_every_description(flap):
     rows = json.loads(flap("families", "--json").stdout)
-    assert {row["family"] for row in rows} == {kind for kind, _ in FAMILY_CONFIGS.values()}
+    assert {row["family"] for row in rows} == {kind for kind, _ in FAMILY_CONFIGS.values()} | {*sources(), *wrappers()}
     assert len(rows) >= 45
+    whole = next(row for row in rows if row["family"] == "olmo2")
+    assert whole["prunable"] == "mlp" and "attention stays whole" in whole["notes"]
     llama = next(row for row in rows if row["family"] == "llama")
     assert (llama["unit"], llama["stock_when_even"], llama["gguf"]) == (
         "kv_group, query_head",
