@@ -70,6 +70,8 @@ def _misfit(checkpoint: Checkpoint, form: GgufForm) -> str | None:
     rope, layers = _rope(checkpoint), set(shape.layers)
     scalings = ("default", "linear", "llama3") if form.rope_factors else ("default", "linear")
     outputs = {f"{checkpoint.family.output(i, m)}.bias" for i in range(shape.num_layers) for m in MODULES}
+    if not form.output_biases and outputs & checkpoint.tensors.keys():
+        return f"{theirs} adds no biases of output projections (`flap apply --compensate none` adds none)"
     if unmet := form.unmet(checkpoint.setting):
         return unmet
     if rope["rope_type"] not in scalings:
@@ -78,8 +80,6 @@ def _misfit(checkpoint: Checkpoint, form: GgufForm) -> str | None:
         return f"{theirs} has the same sizes in every layer (`flap plan --structure UL-UM` plans such)"
     if not form.fewer_heads and next(iter(layers))[0] * shape.head_dim != shape.hidden_size:
         return f"{theirs} can't do with fewer heads (`flap plan --structure UL-MM --remove-heads 0` keeps them)"
-    if not form.output_biases and outputs & checkpoint.tensors.keys():
-        return f"{theirs} adds no biases of output projections (`flap apply --compensate none` adds none)"
     return None
 
 

@@ -16,9 +16,10 @@ def advice(shape: ModelShape) -> list[str]:
     lines = []
     per_unit = shape.channels_per_unit("attention")
     heads = K_BLOCK // gcd(K_BLOCK, per_unit)
+    units = shape.num_attention_heads if shape.attention_unit == "query_head" else shape.num_key_value_heads
     for name, row, multiple, of, option in (
         ("ffn_down", [s.intermediate_size for s in shape.layers], K_BLOCK, shape.intermediate_size, "--round-to"),
-        ("attn_output", [s.num_key_value_heads * per_unit for s in shape.layers], heads, shape.num_key_value_heads,
+        ("attn_output", [shape.channels(i, "attention") for i in range(shape.num_layers)], heads, units,
          "--heads-multiple-of"),
     ):  # fmt: skip
         loose, odd = ([i for i, n in enumerate(row) if n % block] for block in (K_BLOCK, OLD_BLOCK))

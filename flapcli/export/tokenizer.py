@@ -99,9 +99,10 @@ def _pretokenizer(spec: dict[str, Any], where: str) -> dict[str, Any]:
     """llama.cpp's name of the rules that split text before BPE, found by the rules themselves."""
     known = json.loads((Path(__file__).parent / "pretokenizers.json").read_text(encoding="utf-8"))
     found = _flat(spec["pre_tokenizer"] or {"type": "none"})
-    for row in known:
-        if row["steps"] == found:
-            return row
+    fitting = [row for row in known if row["steps"] == found]
+    exact = [row for row in fitting if row.get("ignore_merges", False) == bool(spec["model"].get("ignore_merges"))]
+    for row in exact + fitting:
+        return dict(row)
     kinds = ", ".join(step["type"] for step in found)
     names = ", ".join(row["pre"] for row in known)
     raise FlapError(f"{where}: the pre-tokenizer of its tokenizer.json ({kinds}) is none of: {names}")
@@ -120,7 +121,8 @@ def _sentencepiece(spec: dict[str, Any], merges: list[list[str]], tokens: list[s
     steps = normalizer.get("normalizers", [normalizer])
     metaspace = pre.get("type") == "Metaspace"
     replaces = any(s.get("type") == "Replace" and s.get("content") == SPACE for s in steps)
-    if not (metaspace or replaces) or (pre and not metaspace):
+    idle = replaces and pre.get("pattern") == {"String": " "}  # splits at spaces, of which none are left
+    if not (metaspace or replaces) or (pre and not metaspace and not idle):
         raise FlapError(f"{where}: its tokenizer has byte fallback but is not sentencepiece's")
     prefix = any(s.get("type") == "Prepend" for s in steps) or (metaspace and pre.get("prepend_scheme") != "never")
     ranks: dict[str, int] = {}

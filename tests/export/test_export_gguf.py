@@ -12,7 +12,7 @@ from support.families import make_family
 from support.gguf_files import write_gguf
 from support.models import CONFIGS, GQA, SIZES, make_tiny
 from support.pruned import load_pruned
-from support.tokenizers_like import PRE, VOCABULARY, byte_level, sentencepiece_like
+from support.tokenizers_like import PRE, VOCABULARY, byte_level, gemma_like, sentencepiece_like
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -190,14 +190,16 @@ def text_of(share: slice) -> str:
     return "\n\n".join(topics.values())[share]
 
 
-@pytest.mark.parametrize("kind", [*PRE, "sentencepiece"])
+@pytest.mark.parametrize("kind", [*PRE, "sentencepiece", "gemma"])
 def test_llamacpp_splits_text_as_the_tokenizer_does(kind, flap, tmp_path):
     """Every pre-tokenizer that the export knows by its rules, on 200,000 characters and on what trips them.
 
     The text begins without a space: there transformers' Metaspace adds no second one, sentencepiece does.
     """
     train = text_of(slice(0, 150_000)) + NUMBERS
-    tokenizer = sentencepiece_like(train) if kind == "sentencepiece" else byte_level(kind, train)
+    tokenizer = byte_level(kind, train) if kind in PRE else sentencepiece_like(train)
+    if kind == "gemma":
+        gemma_like(tokenizer)
     config = LlamaConfig(**SIZES | {"vocab_size": VOCABULARY + 5}, **GQA)
     modeling.transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
@@ -207,7 +209,7 @@ def test_llamacpp_splits_text_as_the_tokenizer_does(kind, flap, tmp_path):
     for text in (text_of(slice(-200_000, None)).lstrip(), TEXT_TRAPS):
         ids = tokenizer(text).input_ids
         assert loaded.tokenize(text) == ids
-    if kind != "sentencepiece":
+    if kind in PRE:
         chat = [{"role": "user", "content": "Hi"}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert loaded.apply_template(chat) == prompt
@@ -266,6 +268,9 @@ def test_kquants_advice(tiny):
     assert "--round-to 32 only the F16" in mlp
     assert attention.startswith("attn_output of 1 of 3 layers (1)")
     assert "--heads-multiple-of 16" in attention  # a KV group of 2 heads of 8 channels
+    single = even.model_copy(update={"num_key_value_heads": 1, "attention_unit": "query_head",
+                                     "layers": (LayerShape(3, 1, 512),) * 3})  # fmt: skip
+    assert advice(single)[0].startswith("attn_output of every layer has rows that are no multiple of 256")
     few = uneven.model_copy(update={"num_attention_heads": 16, "num_key_value_heads": 8})
     assert "no plan avoids it" in advice(few)[1]
 

@@ -45,7 +45,6 @@ OWN = [
     ("qwen3", "qwen3", {}), ("smollm3", "smollm3", {"num_hidden_layers": 4}), ("stablelm", "stablelm", {}),
     ("stablelm-parallel", "stablelm", {}), ("starcoder2", "starcoder2", PLAIN),
 ]  # fmt: skip
-GELU = 1e-2  # llama.cpp looks GELU up in a table of float16: 6e-3 is the largest difference seen, else 4e-5
 
 
 def id_of(value):
@@ -57,6 +56,21 @@ def difference(gguf: Path, expected: np.ndarray) -> float:
     assert expected.min() < -6
     loaded = llamacpp.LlamaCpp(gguf, expected.shape[1])
     return max(float(np.abs(loaded.next_logprobs(IDS[:n]) - expected[n - 1]).max()) for n in (1, 2, 10, 60))
+
+
+class HalfGelu(torch.nn.Module):
+    """GELU as llama.cpp has it: looked up in a table of float16, which makes up to 6e-3 in these models."""
+
+    def forward(self, states):
+        return torch.nn.functional.gelu(states.half().float(), approximate="tanh").half().float()
+
+
+def as_in_llamacpp(model):
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if "gelu" in type(child).__name__.lower():
+                setattr(module, name, HalfGelu())
+    return model
 
 
 def logprobs(model) -> np.ndarray:
@@ -112,9 +126,9 @@ def test_even_layers(name, architecture, more, cut, flap, tmp_path, monkeypatch)
     pruned = cut(dense.path, 0, places, "bias" if form.output_biases else "none")
     monkeypatch.setattr(gguf_writer, "target", lambda checkpoint: checkpoint.family.gguf.own)
     flap("export", "gguf", "-d", tmp_path, "--outtype", "f32")
-    found = difference(tmp_path / "pruned.gguf", logprobs(load_pruned(pruned.path)))
+    found = difference(tmp_path / "pruned.gguf", logprobs(as_in_llamacpp(load_pruned(pruned.path))))
     print(f"{name} {architecture} {found:.1e}")
-    assert found < GELU
+    assert found < 2e-3
     if form.read:
         sayable = pruned.tensors.keys() == dense.tensors.keys() and "intermediate_size" in dense.family.sizes
         source = pruned if sayable else dense
@@ -123,3 +137,17 @@ def test_even_layers(name, architecture, more, cut, flap, tmp_path, monkeypatch)
         assert again.tensors.keys() == source.tensors.keys()
         model = load_model(again, torch.float32, torch.device("cpu"))
         np.testing.assert_allclose(logprobs(model), logprobs(load_pruned(source.path)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "plan", "reason"),
+    [
+        ("gpt2", {}, "--structure UL-UM --ratio 0.3", "gpt2 can't do with fewer heads (`flap plan --structure UL-MM"),
+        ("smollm3", {}, "--structure UL-MM --remove-heads 0 --ratio 0.2", "adds no biases of output projections"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "--ratio 0", "layer_types does not repeat ['sliding_att"),
+    ],
+)
+def test_what_has_no_form_is_told_what_to_plan(name, more, plan, reason, prune, flap, tmp_path):
+    prune(make_family(tmp_path / "dense", name, **more), tmp_path / "run", plan)
+    assert reason in flap("export", "gguf", "-d", tmp_path / "run", code=1).stderr
+    assert not (tmp_path / "run" / "pruned.gguf").exists()

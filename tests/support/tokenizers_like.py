@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -63,6 +63,12 @@ def sentencepiece_like(text: str) -> LlamaTokenizer:
         if piece[:cut] in pieces and piece[cut:] in pieces and not piece.startswith("<0x")
     ]
     return LlamaTokenizer(vocab=pieces, merges=merges)
+
+
+def gemma_like(tokenizer: LlamaTokenizer) -> None:
+    """Make Llama-2's kind Gemma's: no space before a text, and a split at spaces that are all replaced by then."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
 
 
 def opening_with(template: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
