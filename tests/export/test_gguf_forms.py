@@ -140,14 +140,16 @@ def test_even_layers(name, architecture, more, cut, flap, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "plan", "reason"),
+    ("name", "more", "plan", "compensate", "reason"),
     [
-        ("gpt2", {}, "--structure UL-UM --ratio 0.3", "gpt2 can't do with fewer heads (`flap plan --structure UL-MM"),
-        ("smollm3", {}, "--structure UL-MM --remove-heads 0 --ratio 0.2", "adds no biases of output projections"),
-        ("gemma2", {"layer_types": ["full_attention"] * 3}, "--ratio 0", "layer_types does not repeat ['sliding_att"),
+        ("gpt2", {}, "UL-UM --ratio 0.3", "bias", "gpt2 can't do with fewer heads (`flap plan --structure UL-MM"),
+        ("smollm3", {}, "UL-MM --remove-heads 0 --ratio 0.2", "bias", "adds no biases of output projections"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "UL-UM --ratio 0", "none", "layer_types does not repeat"),
     ],
+    ids=id_of,
 )
-def test_what_has_no_form_is_told_what_to_plan(name, more, plan, reason, prune, flap, tmp_path):
-    prune(make_family(tmp_path / "dense", name, **more), tmp_path / "run", plan)
+def test_what_has_no_form_is_told_what_to_plan(name, more, plan, compensate, reason, prune, flap, tmp_path):
+    dense = make_family(tmp_path / "dense", name, **more)
+    prune(dense, tmp_path / "run", f"--structure {plan}", f"--compensate {compensate}")
     assert reason in flap("export", "gguf", "-d", tmp_path / "run", code=1).stderr
     assert not (tmp_path / "run" / "pruned.gguf").exists()
