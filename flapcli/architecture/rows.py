@@ -76,15 +76,16 @@ class RowMap:
         """Rows in a layer of these sizes."""
         return sum(getattr(layer, size) * rows for size, rows in self.per.items())
 
-    def of_symbol(self, index: int, layer: LayerShape) -> NDArray[np.int64]:
-        """Rows of one of the description's symbols, counted through all blocks, ascending."""
-        named = [size for block in self.blocks for size, _ in block]
-        turns = max(1, getattr(layer, "num_key_value_heads" if "num_key_value_heads" in named else named[0]))
-        numbers, rows = iter(range(sum(map(len, self.blocks)))), []
+    def split(self, sizes: Mapping[str, int]) -> list[NDArray[np.int64]]:
+        """The rows of every symbol in turn, of a tensor of a layer or a model of these sizes."""
+        owners, count = [], 0
         for block in self.blocks:
-            turn = [np.full(n * getattr(layer, size) // turns, next(numbers)) for size, n in block]
-            rows.append(np.tile(np.concatenate(turn), turns))
-        return np.flatnonzero(np.concatenate(rows) == index)
+            turns = max(1, sizes["num_key_value_heads" if block[0].size == "num_attention_heads" else block[0].size])
+            each = [sizes[size] // turns * rows for size, rows in block]
+            owners.append(np.tile(np.repeat(np.arange(count, count + len(block)), each), turns))
+            count += len(block)
+        whole = np.concatenate(owners)
+        return [np.flatnonzero(whole == symbol) for symbol in range(count)]
 
     def indices(self, kept: Kept) -> NDArray[np.int64]:
         """Rows of what stays, ascending; `kept` is of a module that has units."""
@@ -95,15 +96,3 @@ class RowMap:
             for block in self.blocks
         ]
         return np.flatnonzero(np.concatenate(rows))
-
-
-def split_rows(symbols: Symbols, values: Mapping[str, int]) -> list[NDArray[np.int64]]:
-    """The rows of every symbol in turn, of a tensor of a model of these sizes."""
-    owners, count = [], 0
-    for block in RowMap.of(symbols, values).blocks:
-        turns = values["num_key_value_heads" if block[0].size == "num_attention_heads" else block[0].size]
-        each = [values[size] // turns * rows for size, rows in block]
-        owners.append(np.tile(np.repeat(np.arange(count, count + len(block)), each), turns))
-        count += len(block)
-    whole = np.concatenate(owners)
-    return [np.flatnonzero(whole == symbol) for symbol in range(count)]

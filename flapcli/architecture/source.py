@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapcli.architecture.family import Refusal, Setting, chosen, refuse, renamed
-from flapcli.architecture.rows import Symbols, split_rows
+from flapcli.architecture.rows import RowMap, Symbols
 from flapcli.errors import FlapError
 from flapcli.storage.record import Record
 
@@ -92,7 +92,7 @@ class Source(Record):
         for projection, split in self.splits.items():
             before, found, leaf = theirs.rpartition(f".{projection}.")
             if found:
-                apart = split_rows(split.rows, sizes)
+                apart = RowMap.of(split.rows, sizes).split(sizes)
                 if (expected := sum(len(rows) for rows in apart)) != count:
                     raise FlapError(
                         f"tensor {theirs} has {count} rows, expected {expected} by the sizes in config.json"

@@ -69,7 +69,7 @@ class GgufLayout:
         rows, found = self.checkpoint.rows(module), []
         for origin in self.parts(module)[part]:
             source, _, symbol = origin.partition("#")
-            taken = rows[source].of_symbol(int(symbol), layer) if symbol else None
+            taken = rows[source].split(layer._asdict())[int(symbol)] if symbol else None
             if part in self.form.permuted:
                 taken = np.arange(rows[source].count(layer)) if taken is None else taken
                 taken = taken[self._interleaved(len(taken))]
