@@ -34,7 +34,7 @@ ROOMS = {
     "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
     "unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms gguf gguf_layout gguf_header huggingface "
-    "checkpoint companion_files locate hub_errors shards weight_index expert_files",
+    "checkpoint verification unit_counts described companion_files locate hub_errors shards weight_index expert_files",
     "architecture": "catalogue source wrapper family gguf_form flap_section modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",

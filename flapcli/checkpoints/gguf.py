@@ -71,7 +71,7 @@ class GgufCheckpoint(Checkpoint):
         if scaling != "none":
             raise FlapError(f"{self.path}: rope scaling of type {scaling} is not read from GGUF; give the folder")
         sizes = self.family.read_sizes(given.get, self._width)
-        self._refuse_layers(sizes["num_layers"], len(self.header.tensors))
+        self.refuse_layers(sizes["num_layers"], len(self.header.tensors))
         given |= {key: self._has_biases(module) for module, key in self.family.bias_options.items()}
         if form.rotary and (channels := metadata.get(f"{form.architecture}.rope.dimension_count")):
             given[form.rotary] = channels / sizes["head_dim"]
