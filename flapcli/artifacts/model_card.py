@@ -122,7 +122,8 @@ def _loading(remote_code: bool, family: Family, wrapped: bool) -> str:
     if remote_code:
         runtimes = "`modeling_flap.py` in this folder gives each layer its own sizes; flap itself is not needed."
     if family.gguf.forms:
-        runtimes += "\n\nFor llama.cpp, Ollama and LM Studio: `flap export gguf` writes a GGUF file of it."
+        what = "its text model" if wrapped else "it"
+        runtimes += f"\n\nFor llama.cpp, Ollama and LM Studio: `flap export gguf` writes a GGUF file of {what}."
     return f"""## Loading
 
 ```python

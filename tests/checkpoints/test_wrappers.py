@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -38,25 +40,49 @@ WHOLES = {
                               VISION | {"model_type": "siglip_vision_model"}, mm_tokens_per_image=4)),
     "mistral3": ("mistral3", pair({"model_type": "mistral"}, VISION | {"model_type": "pixtral"})),
     "mistral3-ministral3": ("mistral3", pair({"model_type": "ministral3"}, VISION | {"model_type": "pixtral"})),
-    "llava": ("llava", pair({"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"})),
+    "llava": ("llava", pair({"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"},
+                            image_token_index=319)),
     "llava_next": ("llava_next", pair({"model_type": "mistral"}, VISION | {"model_type": "clip_vision_model"})),
     "qwen2_vl": ("qwen2_vl", pair(SECTIONS, TOWER | {"embed_dim": 32, "hidden_size": 48})),
     "qwen2_5_vl": ("qwen2_5_vl", pair(SECTIONS, TOWER | {"hidden_size": 32, "out_hidden_size": 48,
                                                          "intermediate_size": 40})),
     "qwen2_5_vl-flat": ("qwen2_5_vl", pair(SECTIONS, TOWER | {"hidden_size": 32, "out_hidden_size": 48,
                                                               "intermediate_size": 40})),
+    "internvl": ("internvl", pair({"model_type": "qwen2"}, VISION | {"image_size": [28, 28], "patch_size": [14, 14]})),
+    "llava_onevision": ("llava_onevision", pair({"model_type": "qwen2"},
+                                                VISION | {"model_type": "siglip_vision_model"})),
+    "idefics3": ("idefics3", pair({"model_type": "llama"}, VISION)),
+    "smolvlm": ("smolvlm", pair({"model_type": "llama"}, VISION)),
+    "qwen3_vl": ("qwen3_vl", pair(SECTIONS, TOWER | {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 40,
+                                                     "deepstack_visual_indexes": [0]})),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=WHOLES)
-def made(request, tmp_path_factory, flap, text_file):
-    """The dense whole, and a run folder with statistics and an uneven plan of its text model."""
-    folder = tmp_path_factory.mktemp(request.param)
-    kind, settings = WHOLES[request.param]
+FORMS = ["gemma3", "llava", "qwen2_vl", "qwen2_5_vl-flat", "smolvlm"]  # those that differ in names or configuration
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory, flap, text_file):
+    """Of a name in WHOLES: the dense whole, and a run folder with statistics and an uneven plan of its text model."""
+    return cache(lambda name: _build(tmp_path_factory.mktemp(name), name, flap, text_file))
+
+
+@pytest.fixture(params=WHOLES)
+def made(request, build):
+    return build(request.param)
+
+
+@pytest.fixture(params=FORMS)
+def form(request, build):
+    return build(request.param)
+
+
+def _build(folder, name, flap, text_file):
+    kind, settings = WHOLES[name]
     torch.manual_seed(0)
     whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **copy.deepcopy(settings)))
     dense, run = save_random(whole, folder / "dense"), folder / "run"
-    if request.param.endswith("-flat"):
+    if name.endswith("-flat"):
         flatten(dense / "config.json")
     flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
     flap("plan", "-d", run, "--ratio", "0.3")
@@ -77,7 +103,9 @@ def flatten(path):
 
 def others(model):
     """Tensors of other parts than the text model."""
-    return {name: t for name, t in model.state_dict().items() if "language_model" not in name and "lm_head" not in name}
+    return {
+        name: t for name, t in model.state_dict().items() if not re.search("language_model|text_model|lm_head", name)
+    }
 
 
 def test_every_description_has_a_model():
@@ -94,7 +122,7 @@ def test_the_text_model_computes_what_the_whole_does(made):
     assert len(others(model)) > 10
 
 
-def test_sliced_equals_masked_in_the_whole(made, flap, text_file):
+def test_sliced_equals_masked_in_the_whole(made):
     """All else is there bit for bit; and the text model of the pruned whole, of its own class, computes the same."""
     dense, run = made
     sliced, expected = load_pruned(run / "pruned"), masked_dense(dense, run)
@@ -105,6 +133,23 @@ def test_sliced_equals_masked_in_the_whole(made, flap, text_file):
     kept, before = others(sliced), others(expected)
     assert kept.keys() == before.keys()
     assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+
+
+def test_pictures_go_through_what_was_pruned(build):
+    dense, run = build("llava")
+    ids = torch.tensor([[5, 17, 319, 319, 319, 319, 64, 12]])  # four patches between words
+    picture = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = [
+            model(ids, pixel_values=picture).logits for model in (load_pruned(run / "pruned"), masked_dense(dense, run))
+        ]
+        without = load_pruned(run / "pruned")(ids).logits
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
+    assert (found[0] - without).abs().max() > 1e-2
+
+
+def test_perplexity_in_memory_and_streamed(form, flap, text_file):
+    _, run = form
     small = ["--perplexity", text_file, "--seqlen", "32", "--dtype", "float32", "--json", "-o", run / "e.json"]
     found = json.loads(flap("eval", run / "pruned", *small, "--stream").stdout)
     again = json.loads(flap("eval", run / "pruned", *small, "--no-stream").stdout)
@@ -112,23 +157,23 @@ def test_sliced_equals_masked_in_the_whole(made, flap, text_file):
         assert one["perplexity"][str(text_file)] == pytest.approx(other["perplexity"][str(text_file)], rel=1e-5)
 
 
-def test_even_is_stock_where_its_configuration_can_say_it(made, flap, tmp_path):
+def test_even_is_stock_where_its_configuration_can_say_it(form, flap, tmp_path):
     """Of the class that transformers has of the whole; biases of compensation are another matter than sizes."""
-    dense, run = made
+    dense, run = form
     even_plan(run, tmp_path, flap)
     (tmp_path / "stats.safetensors").write_bytes((run / "stats.safetensors").read_bytes())
     flap("apply", "-d", tmp_path, "--compensate", "none")
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
-    assert ("auto_map" in config) == (config["model_type"] in ("qwen2_vl", "qwen2_5_vl"))
+    assert ("auto_map" in config) == config["model_type"].startswith("qwen2")
     sliced = load_pruned(tmp_path / "pruned")
     torch.testing.assert_close(logits(sliced), logits(masked_dense(dense, tmp_path, bias=False)), **CLOSE)
     _, told = type(sliced).from_pretrained(tmp_path / "pruned", output_loading_info=True)
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_whole_layers_and_a_second_round(made, flap, tmp_path, text_file):
+def test_whole_layers_and_a_second_round(form, flap, tmp_path, text_file):
     """Layers are dropped in the whole's configuration too, and what was pruned is pruned again."""
-    _, run = made
+    _, run = form
     flap("plan", "-d", run, "--out", tmp_path / "plan.yaml", "--method", "depth", "--ratio", "0.3")
     (tmp_path / "stats.safetensors").write_bytes((run / "stats.safetensors").read_bytes())
     flap("apply", "-d", tmp_path)
@@ -142,14 +187,14 @@ def test_whole_layers_and_a_second_round(made, flap, tmp_path, text_file):
     assert first.config.get_text_config().num_hidden_layers == 2
 
 
-def test_a_description_is_tried(made, flap):
-    found = json.loads(flap("families", "--check", made[0], "--json").stdout)
+def test_a_description_is_tried(form, flap):
+    found = json.loads(flap("families", "--check", form[0], "--json").stdout)
     assert all(row["difference"] < 1e-4 for row in found["layers"])
 
 
-def test_names_of_both_ages(made, tmp_path):
+def test_names_of_both_ages(form, tmp_path):
     """Files have the text model under language_model.model, or, by class, under model.language_model."""
-    dense, _ = made
+    dense, _ = form
     expected = open_checkpoint(str(dense))
     for path in dense.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -161,11 +206,9 @@ def test_names_of_both_ages(made, tmp_path):
     assert all(torch.equal(read.read(name), expected.read(name)) for name in expected.tensors)
 
 
-def test_a_process_without_flap_loads_the_whole(made, tmp_path):
+def test_a_process_without_flap_loads_the_whole(build, tmp_path):
     """By the class in `auto_map`, its pictures' part too."""
-    _, run = made
-    if json.loads((run / "pruned" / "config.json").read_text())["model_type"] != "gemma3":
-        return
+    _, run = build("gemma3")
     code = (
         "import sys; sys.modules['flapcli'] = None\n"
         "import torch; from transformers import AutoModelForImageTextToText as Auto\n"
