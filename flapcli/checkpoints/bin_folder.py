@@ -56,9 +56,10 @@ class BinCheckpoint(FolderCheckpoint):
                 digest.update(f"{member.filename} {member.file_size} {member.CRC}".encode())
         return digest.hexdigest()
 
-    def read_from_file(self, name: str) -> "torch.Tensor":
+    def read_from_file(self, name: str, rows: slice = slice(None)) -> "torch.Tensor":
         # Opened for each tensor: a mapping that is kept would count every page read as ours.
-        return _load(self._places[name], "cpu")[name].clone().contiguous()
+        whole = _load(self._places[name], "cpu")[name]
+        return (whole[rows] if rows != slice(None) else whole).clone().contiguous()
 
 
 def _directory(path: Path) -> list[zipfile.ZipInfo]:

@@ -130,8 +130,8 @@ class FolderCheckpoint(Checkpoint):
         """Every tensor by its name in the files."""
 
     @abstractmethod
-    def read_from_file(self, name: str) -> "torch.Tensor":
-        """One tensor by its name in the files."""
+    def read_from_file(self, name: str, rows: slice = slice(None)) -> "torch.Tensor":
+        """One tensor by its name in the files, or some of its rows, which are all that is read."""
 
     @cached_property
     def _found(self) -> dict[str, Place]:
@@ -214,11 +214,14 @@ class FolderCheckpoint(Checkpoint):
         return whole
 
     def _read_one(self, place: Place) -> "torch.Tensor":
-        tensor = self.read_from_file(place.name)
-        if place.rows is not None:
+        if place.rows is None:
+            tensor = self.read_from_file(place.name)
+        else:
             import torch
 
-            tensor = tensor.index_select(0, torch.from_numpy(place.rows))
+            first, last = int(place.rows[0]), int(place.rows[-1])
+            tensor = self.read_from_file(place.name, slice(first, last + 1))
+            tensor = tensor.index_select(0, torch.from_numpy(place.rows - first))
         return _normalised(tensor) if place.is_normalised else tensor
 
     @property

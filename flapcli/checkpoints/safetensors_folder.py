@@ -33,12 +33,14 @@ class SafetensorsCheckpoint(FolderCheckpoint):
             digest.update(f"{path.name} {path.stat().st_size}".encode() + header.raw)
         return digest.hexdigest()
 
-    def read_from_file(self, name: str) -> "torch.Tensor":
+    def read_from_file(self, name: str, rows: slice = slice(None)) -> "torch.Tensor":
         import torch
 
         path = self._places[name]
         spec = self._headers[path].tensors[name]
-        tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-        if spec.nbytes:
-            read_into(path, self._headers[path].offsets[name], raw_bytes(tensor))
+        start, stop, _ = rows.indices(spec.shape[0]) if spec.shape else (0, 1, 1)
+        tensor = torch.empty((stop - start, *spec.shape[1:]) if spec.shape else (), dtype=torch_dtype(spec.dtype))
+        if tensor.numel():
+            begin = self._headers[path].offsets[name] + start * (spec.nbytes // spec.shape[0] if spec.shape else 0)
+            read_into(path, begin, raw_bytes(tensor))
         return tensor
