@@ -24,7 +24,6 @@ HUB = {
     "bloom": ("bloom", (r"^transformer\.", ""), "h.{i}.", {}, None),
     "opt": ("opt", (r"^model\.", ""), "decoder.layers.{i}.", {}, "model.decoder.embed_tokens.weight"),
     "gpt_neox": ("gpt_neox", (r"^lm_head\.", "embed_out."), "gpt_neox.layers.{i}.", NEOX, None),
-    "gptj": ("gptj", (r"^$", ""), "transformer.h.{i}.", GPT, None),
     "llama": ("llama", (r"^$", ""), "model.layers.{i}.", {"self_attn.rotary_emb.inv_freq": torch.ones(4)}, None),
 }
 

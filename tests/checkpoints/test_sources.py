@@ -94,7 +94,7 @@ def test_in_bin_files_too(tmp_path):
         ("chatglm", {"rope_ratio": "x"}, "rope_ratio is 'x', where a number is wanted"),
         ("chatglm", {"position_encoding_2d": True}, "ChatGLM-6B, the first, is another architecture"),
         ("qwen", {"no_bias": False}, "only True makes a qwen model compute what qwen2 does"),
-        ("internlm2", {"num_key_value_heads": 2}, "attention.wqkv.weight has 96 rows, expected 80"),
+        ("internlm2", {"num_key_value_heads": 2}, "has 96 rows, expected 80 by the sizes in config.json"),
     ],
 )
 def test_what_the_family_does_not_compute_is_refused(name, changes, words, tmp_path, flap, text_file):

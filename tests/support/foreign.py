@@ -113,8 +113,7 @@ def _qwen(config, tensors):
 FOREIGN = {
     "baichuan": ("baichuan", "llama", {"num_key_value_heads": 6}, _baichuan),
     "baichuan2": ("baichuan", "llama", {"num_key_value_heads": 6}, _baichuan2),
-    "internlm2": ("internlm2", "llama", {"rope_theta": 1e6}, _internlm2),
-    "internlm2-biases": ("internlm2", "llama", {"attention_bias": True, "rope_theta": 1e6}, _internlm2),
+    "internlm2": ("internlm2", "llama", {"attention_bias": True, "rope_theta": 1e6}, _internlm2),
     "chatglm": ("chatglm", "glm", {"rope_theta": 5e5}, _chatglm),
     "qwen": ("qwen", "qwen2", {"num_key_value_heads": 6}, _qwen),
 }
