@@ -18,7 +18,7 @@ def catalogue() -> list[Row]:
         rows.append(
             dict.fromkeys(rows[0], "as its text model")
             | {"family": wrapper.name, "models": wrapper.covers, "architecture": wrapper.architecture}
-            | {"gguf": "no", "notes": "its text model is pruned, all other parts are carried over", "gguf_why": ""}
+            | {"notes": "its text model is pruned, all other parts are carried over (not into GGUF)", "gguf_why": ""}
         )
     return sorted(rows, key=lambda row: row["family"])
 

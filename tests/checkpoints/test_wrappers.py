@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support.edits import edit_keep, even_plan
 from support.families import save_random
-from support.pruned import CLOSE, load_pruned, logits, masked_dense, step_by_step
+from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, step_by_step
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from flapcli.architecture.wrapper import wrappers
@@ -155,6 +155,21 @@ def test_perplexity_in_memory_and_streamed(form, flap, text_file):
     again = json.loads(flap("eval", run / "pruned", *small, "--no-stream").stdout)
     for one, other in ((found, again), (found["baseline"], again["baseline"])):
         assert one["perplexity"][str(text_file)] == pytest.approx(other["perplexity"][str(text_file)], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "gemma3"])
+def test_the_text_model_as_gguf(name, build, flap, tmp_path):
+    """Alone, in a stock llama.cpp; or refused as its family is, for layers of unlike sizes or Mistral's window."""
+    why = "the extra gguf-test brings llama.cpp"
+    llamacpp = pytest.importorskip("support.llamacpp", reason=why, exc_type=ImportError)
+    _, run = build(name)
+    written = name != "gemma3"
+    asked = ["export", "gguf", "-d", run, "-o", tmp_path / "x.gguf", "--outtype", "f32"]
+    assert "can't be exported to GGUF" in flap(*asked, code=not written).stderr or written
+    if written:
+        expected = logits(load_pruned(run / "pruned"))[0, -1].log_softmax(-1).numpy()
+        found = llamacpp.LlamaCpp(tmp_path / "x.gguf", 320).next_logprobs(IDS[0].tolist())
+        assert abs(found - expected).max() < 1e-4
 
 
 def test_even_is_stock_where_its_configuration_can_say_it(form, flap, tmp_path):
