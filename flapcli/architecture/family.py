@@ -101,10 +101,11 @@ class Family(Record):
     embedding first; names that end in `ignored_suffixes` no runtime reads. `bias_options` maps a module to the
     configuration's switch that gives all its projections biases. `stored_names` turns names of tensors in files into
     those of the model, by regular expressions and what they are replaced by. `transposed`: projections are stored (in,
-    out). `norms_stream`: a layer does more to the residual stream than add to it, so that one without units is no layer
-    less. Where there are `experts`, a layer has those modules that its tensors show. `refuses` are values of
-    config.json that flap can't prune, and why. `follow` are what else of config.json follows the sizes of a stock
-    folder, as expressions. `notes` are for people.
+    out). `norms_stream`: a layer does more to the residual stream than add to it, so that one without units is no
+    layer less. `alters_outputs`: norms or factors stand between output projections and the stream. Where there are
+    `experts`, a layer has those modules that its tensors show. `refuses` are values of config.json that flap can't
+    prune, and why. `follow` are what else of config.json follows the sizes of a stock folder, as expressions. `notes`
+    are for people.
     """
 
     name: str
@@ -128,12 +129,19 @@ class Family(Record):
     stored_names: list[tuple[str, str]]
     transposed: bool
     norms_stream: bool
+    alters_outputs: bool
     refuses: list[Refusal]
     notes: str
     follow: dict[str, str] = Field(default={})
     patterns: dict[str, int | str] = Field(default={})
     shared_expert: ModuleDescription | None = None
     experts: ModuleDescription | None = None
+
+    @property
+    def fits_sequentially(self) -> bool:
+        """Whether what a module adds to the stream is its output projection's output, attention first."""
+        does_more = self.alters_outputs or self.norms_stream or self.experts is not None
+        return self.between_modules is not None and not does_more
 
     @property
     def modules(self) -> tuple[Module, ...]:

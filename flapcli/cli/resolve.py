@@ -91,7 +91,7 @@ def resolve(asked: Asked) -> Stages:
         ),
         ApplyOptions(
             compensate, given.ridge, bias, asked.mask_only, given.remote_code, asked.store_dtype, given.max_shard_size,
-            sequential,
+            sequential, sequential and given.sequential is None,
         ),
         EvalOptions(
             tuple(evaluation.perplexity or ()), windows.seqlen, asked.eval_dtype, evaluation.baseline,

@@ -88,6 +88,7 @@ class ApplyOptions:
     dtype: StoredDtype | None = None
     max_shard_size: str = "5GB"
     sequential: bool = False
+    sequential_by_preset: bool = False  # so that a family whose layers it can't fit goes without
 
     def check(self) -> None:
         """Raise UsageError for options that don't go together."""

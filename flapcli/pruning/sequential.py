@@ -103,13 +103,17 @@ class LayerInputs:
                 "it out"
             )
         paths["between"] = family.between_modules
-        self._handles = [
+        self._rows: tuple[int, ...] = ()
+        self._handles = [layer.register_forward_pre_hook(self._see_rows)] + [
             layer.get_submodule(path).register_forward_pre_hook(self._hook(name)) for name, path in paths.items()
         ]
 
+    def _see_rows(self, _layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._rows = inputs[0].shape[:-1]
+
     def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def note(_submodule: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            self.of[name] = inputs[0]
+            self.of[name] = inputs[0].reshape(*self._rows, inputs[0].shape[-1])  # some code lays all tokens in a row
             if name == self._until:
                 raise _ProjectionReachedError
 

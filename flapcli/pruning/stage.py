@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flapcli import __version__
+from flapcli.architecture.family import Family
 from flapcli.architecture.flap_section import MadeBy, SourceModel
 from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
 from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, is_whole, users_files
@@ -54,20 +55,20 @@ def apply(
     """
     options.check()
     plan = load_plan(plan_path)
-    options = _resolved(options, plan)
     stats_path = inputs.stats or plan_path.parent / plan.stats.path
     hub = replace(inputs.hub, revision=inputs.hub.revision or plan.model.revision)
     checkpoint = open_checkpoint(inputs.model or plan.model.name, hub)
     checkpoint.attention_unit = plan.attention_unit
     check_not_source(out, checkpoint.path)
     check_belongs(plan, checkpoint.shape, plan_path)
+    options = _resolved(options, plan, checkpoint.family, progress)
     made_by = MadeBy(
         version=__version__,
         model=SourceModel(name=checkpoint.name, revision=hub.revision, fingerprint=checkpoint.fingerprint),
         plan_sha256=sha256(plan_path),
         stats_sha256=plan.stats.sha256,
         companions_sha256=checkpoint.companions_sha256,
-        **asdict(options),
+        **{key: value for key, value in asdict(options).items() if key != "sequential_by_preset"},
     )
 
     def same(found: PrunedFolder) -> bool:
@@ -104,8 +105,11 @@ def _keeps_old(out: Path, force: bool, progress: Progress) -> bool:
     return True
 
 
-def _resolved(options: ApplyOptions, plan: Plan) -> ApplyOptions:
-    """The options with what the plan and the way of fitting decide."""
+def _resolved(options: ApplyOptions, plan: Plan, family: Family, progress: Progress) -> ApplyOptions:
+    """The options with what the plan, the family and the way of fitting decide."""
+    if options.sequential_by_preset and not family.fits_sequentially:
+        progress.note(f"layers of family {family.name} can't be fitted one after the other: --sequential is left out")
+        options = replace(options, sequential=False)
     return replace(
         options,
         compensate=options.compensate or ("bias" if plan.method == "flap" else "none"),

@@ -38,7 +38,7 @@ def made(request, tmp_path_factory, flap, text_file):
     """A dense folder, and a run folder with statistics and an uneven plan of it."""
     folder = tmp_path_factory.mktemp(request.param)
     dense, run = make_family(folder / "dense", request.param), folder / "run"
-    flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
+    flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL, "--gram")
     flap("plan", "-d", run, "--ratio", "0.3")
     flap("apply", "-d", run)
     RUNS[request.param] = run
@@ -164,6 +164,15 @@ def test_streamed_losses_are_the_models_own(made):
     model = load_model(checkpoint, torch.float32, CPU)
     streamed = streamed_losses(checkpoint, windows, Runtime(CPU, torch.float32, 4), Silent(), "streamed")
     np.testing.assert_allclose(streamed, window_losses(model, windows, 4, Silent()), rtol=1e-5)
+
+
+def test_the_best_preset_fits(made, flap):
+    """One projection after the other where the family's layers allow it, else in closed form, which is said."""
+    dense, run = made
+    said = flap("apply", "-d", run, "--out", run / "best", "--preset", "best").stderr
+    fits = open_checkpoint(str(dense)).family.fits_sequentially
+    assert ("--sequential is left out" in said) == (not fits)
+    assert json.loads((run / "best" / "config.json").read_text())["flap"]["made_by"]["sequential"] == fits
 
 
 def test_second_round(made, flap, text_file):

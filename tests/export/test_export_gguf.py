@@ -339,16 +339,3 @@ def test_the_real_model_tokenises_as_it_was_trained(demo, flap):
     )
     for text in (text_of(slice(None)), TEXT_TRAPS):
         assert loaded.tokenize(text) == tokenizer(text).input_ids
-
-
-def test_the_real_model_at_q8_0(demo, flap, tmp_path):
-    out = tmp_path / "small.gguf"
-    flap("export", "gguf", "-d", demo, "--outtype", "q8_0", "-o", out)
-    checkpoint = open_checkpoint(str(demo / "pruned"))
-    assert out.stat().st_size < 0.65 * 2 * checkpoint.shape.parameters
-    row = evaluation_windows("pydoc", checkpoint.load_tokenizer(), 128)[0]
-    ids = torch.from_numpy(row)[None]
-    with torch.no_grad():
-        expected = float(load_pruned(demo / "pruned")(ids, labels=ids).loss)
-    found = -llamacpp.LlamaCpp(out, 49152).read(row.tolist())[0].mean()
-    assert found == pytest.approx(expected, rel=0.02)

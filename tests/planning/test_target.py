@@ -39,7 +39,7 @@ def written(run, flap, tmp_path, plan, *options):
 
 
 @pytest.mark.parametrize("options", STRUCTURES)
-@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases"])
+@pytest.mark.parametrize("kind", ["llama-biases"])
 def test_the_largest_plan_that_is_not_over(calibrated, flap, tmp_path, kind, options):
     run, plan = calibrated(kind), tmp_path / "plan.yaml"
     dense = load_header(run / "stats.safetensors").model
@@ -63,7 +63,7 @@ def test_the_largest_plan_that_is_not_over(calibrated, flap, tmp_path, kind, opt
         assert larger - parameters <= unit
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "llama-mha", "llama-tied", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", ["llama-tied", "qwen3"])
 @pytest.mark.parametrize("options", ["", "--method mag-sp", "--structure UL-UM"])
 def test_bytes_are_those_that_apply_writes(calibrated, flap, tmp_path, kind, options):
     run, plan = calibrated(kind), tmp_path / "plan.yaml"

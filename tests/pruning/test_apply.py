@@ -110,7 +110,7 @@ def test_pruning_nothing_reproduces_the_dense_model(any_tiny, prune, tmp_path):
 
 
 @pytest.mark.parametrize("compensate", ["bias", "none"])
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", ["qwen3"])
 def test_emptied_modules(kind, compensate, tiny, prune, flap, tmp_path):
     """Layers without heads (the first among them, whose cache counts the tokens) and without neurons."""
     run = prune(tiny(kind), tmp_path / "run", "--ratio 0")

@@ -36,9 +36,9 @@ def run(module: str, *arguments: object) -> dict[str, dict]:
 
 
 def test_killed_anywhere_every_stage_ends_as_if_it_had_not_been():
-    found = run("kill", 10, 0)
-    assert {name: row["kills"] for name, row in found.items()} == dict.fromkeys(STAGES, 10)
-    assert all(found[name]["went_on"] for name in list(STAGES)[1:4])
+    """Few times each here; tests/benchmarks/kills.py, which shows that they go on too, kills a thousand times."""
+    found = run("kill", 5, 0)
+    assert {name: row["kills"] for name, row in found.items()} == dict.fromkeys(STAGES, 5)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs to mount a tmpfs")
