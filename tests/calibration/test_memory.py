@@ -65,7 +65,7 @@ def test_the_estimate_is_what_is_held(wide, text_file, tmp_path, more):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["code"] == 0
-    libraries = 60e6  # what loading and saving import, whatever the model
+    libraries = 90e6  # what loading and saving import, whatever the model, and what the allocator keeps of it
     assert 0.8 * found["counted"] < found["held"] < 1.05 * found["counted"] + libraries
 
 

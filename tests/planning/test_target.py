@@ -13,8 +13,7 @@ from flapcli.checkpoints import open_checkpoint
 from flapcli.planning.target_search import STEPS
 from flapcli.storage.sizes import parse_count
 
-STRUCTURES = ["", "--structure UL-UM", "--structure UL-MM --remove-heads 3", "--structure AL-MM --remove-heads 2",
-              "--method mag-sp", "--method depth", "--method wanda-sp", "--round-to 8",
+STRUCTURES = ["", "--structure UL-UM", "--structure AL-MM --remove-heads 2", "--method depth",
               "--heads-multiple-of 2 --round-to 4", "--allow-empty --metric IFV"]  # fmt: skip
 
 

@@ -88,6 +88,7 @@ def test_to_bfloat16(folder):
     assert model.generate(IDS, **GREEDY).shape == (2, 14)
 
 
+@pytest.mark.parametrize("folder", ["emptied"], indirect=True)
 def test_compile_a_forward_without_graph_breaks(folder):
     model = load(folder)
     expected = logits(model)
@@ -140,6 +141,7 @@ def test_device_map_auto_and_offloading_to_disk(folder, tmp_path):
     torch.testing.assert_close(logits(offloaded), expected, **EXACT)
 
 
+@pytest.mark.parametrize("folder", ["emptied"], indirect=True)
 def test_torchao_int8(folder):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
@@ -152,6 +154,7 @@ def test_torchao_int8(folder):
     assert (logits(dynamic) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.parametrize("folder", ["emptied"], indirect=True)
 def test_bitsandbytes_int8(folder):
     expected = logits(load(folder))
     quantised = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu")
@@ -172,6 +175,7 @@ def in_4bit(folder: Path):
     return quantised, plain
 
 
+@pytest.mark.parametrize("folder", ["emptied"], indirect=True)
 def test_bitsandbytes_4bit(folder):
     """Training mode, as QLoRA has it: any sizes."""
     quantised, plain = in_4bit(folder)

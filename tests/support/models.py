@@ -34,7 +34,7 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, **GQA, head_dim=16),
 }
 # Enough for what every family shares; tests/architecture holds each of them to its contract.
-FEW = ["llama-biases", "mistral-window", "qwen2-tied", "qwen3"]
+FEW = ["llama-biases", "mistral-window", "qwen3"]
 
 
 def make_tiny(folder: Path, kind: str, seed: int = 0, shard: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:
