@@ -23,6 +23,10 @@ Size = Literal[
     "num_experts",
     "expert_size",
 ]
+COUNTS: dict[Module, Size] = {  # what a module's channels are counted by
+    "attention": "num_attention_heads", "mlp": "intermediate_size", "shared_expert": "shared_expert_size",
+    "experts": "expert_size",
+}  # fmt: skip
 AttentionUnit = Literal["kv_group", "query_head"]
 
 
@@ -148,13 +152,8 @@ class ModelShape(Record):
     def units(self, layer: int, module: Module) -> int:
         """How many units the module of this layer has."""
         sizes = self.layers[layer]
-        match module:
-            case "mlp":
-                return sizes.intermediate_size
-            case "shared_expert":
-                return sizes.shared_expert_size
-            case "experts":
-                return sizes.num_experts * sizes.expert_size
+        if module != "attention":
+            return getattr(sizes, COUNTS[module]) * (sizes.num_experts if module == "experts" else 1)
         return sizes.num_attention_heads if self.attention_unit == "query_head" else sizes.num_key_value_heads
 
     def groups(self, layer: int, module: Module) -> int:
@@ -172,10 +171,8 @@ class ModelShape(Record):
         """
         sizes, stays = self.layers[layer], np.zeros(self.units(layer, module), dtype=bool)
         stays[units] = True
-        if module == "mlp":
-            return {"intermediate_size": stays}
-        if module == "shared_expert":
-            return {"shared_expert_size": stays}
+        if module in ("mlp", "shared_expert"):
+            return {COUNTS[module]: stays}
         if module == "experts":
             experts: NDArray[np.bool_] = np.any(stays.reshape(sizes.num_experts, sizes.expert_size), axis=1)
             return {"num_experts": experts, "expert_size": stays}
@@ -193,13 +190,8 @@ class ModelShape(Record):
 
     def kept_of_one(self, module: Module) -> dict[Size, int]:
         """How many of what go with one unit."""
-        match module:
-            case "mlp":
-                return {"intermediate_size": 1}
-            case "shared_expert":
-                return {"shared_expert_size": 1}
-            case "experts":
-                return {"expert_size": 1}
+        if module != "attention":
+            return {COUNTS[module]: 1}
         if self.attention_unit == "query_head":
             return {"num_attention_heads": 1}
         return {"num_attention_heads": self.query_heads_per_group, "num_key_value_heads": 1}

@@ -59,7 +59,7 @@ class Checkpoint(Described):
         """Whether transformers can't take the files as they are, but the tensors that are made of them."""
         return self.path.is_file()
 
-    @property
+    @cached_property
     def name_in_files(self) -> dict[str, str]:
         """What the source's files call a tensor, by its transformers name; none where they are not to be kept."""
         return {name: name for name in self.stored}

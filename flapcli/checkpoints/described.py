@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flapcli.architecture.family import Family, family_of
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.architecture.rows import RowMap, Symbols, evaluate
-from flapcli.architecture.shape import AttentionUnit, LayerShape, Module
+from flapcli.architecture.shape import COUNTS, AttentionUnit, LayerShape, Module
 from flapcli.checkpoints.locate import Hub
 from flapcli.errors import FlapError
 from flapcli.storage.safetensors_file import TensorSpec
@@ -127,8 +127,7 @@ class Described(ABC):
         for module in self.family.modules[1:]:
             if spec := self.tensors.get(self.family.output_weight(layer, module)):
                 axis = 1 if self.family.module(module).transposed or self.family.transposed else -1
-                size = {"mlp": "intermediate_size", "shared_expert": "shared_expert_size"}.get(module, "expert_size")
-                found[size] = spec.shape[0 if self.family.transposed else axis]
+                found[COUNTS[module]] = spec.shape[0 if self.family.transposed else axis]
                 if module == "experts":
                     found["num_experts"] = spec.shape[0]
         return found

@@ -6,7 +6,7 @@ perplexity all call `LayerwiseModel.run(layer, step)`. What lies between layers 
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.errors import FlapError
 from flapcli.execution.batches import Batches
 from flapcli.execution.device import Runtime
-from flapcli.execution.loading import empty_model
+from flapcli.execution.loading import empty_model, in_place_of
 from flapcli.execution.memory import give_back
 from flapcli.progress import Advance, Progress
 
@@ -165,7 +165,7 @@ class _Ends:
                 raise _LastLayerReachedError
             return states
 
-        with self._in_place_of_layers(note), suppress(_LastLayerReachedError):
+        with in_place_of(self._layers, note), suppress(_LastLayerReachedError):
             self.decoder(input_ids=ids.to(self.device), use_cache=False)
         self._arguments[len(ids)] = [arguments for _, arguments in seen]
         # What takes a layer's output for a tuple gives the next one the first window of a tensor.
@@ -178,7 +178,7 @@ class _Ends:
         head = self.model.get_submodule(self.checkpoint.family.head)
         if f"{self.checkpoint.family.head}.weight" not in self._head_names:
             head.weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        with self._in_place_of_layers(lambda *_, **__: (states, None) if self._in_tuples else states):
+        with in_place_of(self._layers, lambda *_, **__: (states, None) if self._in_tuples else states):
             tokens = torch.zeros(states.shape[:-1], dtype=torch.int64, device=states.device)  # whichever
             return self.model(input_ids=tokens, use_cache=False).logits
 
@@ -193,17 +193,6 @@ class _Ends:
         """How the decoder calls its layers, where that is not known yet."""
         if not self._arguments:
             self.arguments(0, ids)
-
-    @contextmanager
-    def _in_place_of_layers(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Every layer called does this, while the code around them is the model's own."""
-        for layer in self._layers:
-            layer.forward = forward
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                del layer.forward
 
     def _load(self, names: list[str]) -> None:
         if self._loaded != names:

@@ -1,6 +1,7 @@
 """Checkpoints as transformers models in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,13 +80,22 @@ def head_of(model: PreTrainedModel, decoder: torch.nn.Module) -> Callable[[torch
     """What makes logits of the decoder's output, scale and cap included: the model's own code after its decoder."""
 
     def head(states: torch.Tensor) -> torch.Tensor:
-        decoder.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=states)
-        try:
+        with in_place_of([decoder], lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states)):
             return model(inputs_embeds=states, use_cache=False).logits
-        finally:
-            del decoder.forward
 
     return head
+
+
+@contextmanager
+def in_place_of(modules: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Every one of these modules does this when called, while the code around them is the model's own."""
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def empty_model(

@@ -10,7 +10,7 @@ from typing import Any
 from flapcli.architecture import modeling_flap
 from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
 from flapcli.architecture.rows import evaluate
-from flapcli.architecture.shape import OWN_SIZES, LayerShape, Module, Size
+from flapcli.architecture.shape import COUNTS, OWN_SIZES, LayerShape, Module
 from flapcli.architecture.wrapper import AUTO_CLASS
 from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
@@ -20,10 +20,6 @@ from flapcli.pruning.layout import Layout
 from flapcli.pruning.slicing import FitReport
 from flapcli.storage.dtypes import TABLE
 
-SIZE: dict[Module, Size] = {
-    "attention": "num_attention_heads", "mlp": "intermediate_size", "shared_expert": "shared_expert_size",
-    "experts": "expert_size",
-}  # fmt: skip
 MODELING, TOKENIZER = "modeling_flap.py", "tokenizer_config.json"
 
 
@@ -93,7 +89,7 @@ def module_layout(layout: Layout, module: Module) -> ModuleLayout:
     """The family's description of a module as modeling_flap.py reads it, so that it knows no family itself."""
     checkpoint, sizes = layout.checkpoint, layout.sizes
     description, rows = checkpoint.family.module(module), checkpoint.rows(module)
-    size = SIZE[module]
+    size = COUNTS[module]
     per_size = {name: next(iter(rows[name].per.items())) for name in description.producers}
     per: dict[str, int] = {counted: number for counted, number in per_size.values()}
     per_channel = checkpoint.shape.head_dim if module == "attention" else 1

@@ -1,8 +1,6 @@
 """What holds for every description of a family, on a tiny random model of each and of its variants."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 from support.edits import edit_keep
 from support.families import FAMILY_CONFIGS, make_family
 from support.models import load_dense
-from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, step_by_step
+from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, step_by_step, without_flapcli
 
 from flapcli.architecture.family import families, family_of, refused_families
 from flapcli.architecture.shape import MODULES
@@ -205,16 +203,7 @@ def test_all_load_without_flapcli(tmp_path):
     """Saved, and loaded again, by a process that can't import flapcli; the runs are those of the tests before."""
     assert RUNS, "needs the tests before it"
     expected = {name: logits(load_pruned(run / "pruned")) for name, run in RUNS.items()}
-    torch.save(expected, tmp_path / "expected.pt")
     code = f"""
-import sys
-sys.modules["flapcli"] = None
-import torch
-from transformers import AutoModelForCausalLM
-ids = torch.tensor({IDS.tolist()})
-expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 for name, folder in { ({name: str(run / "pruned") for name, run in RUNS.items()})!r}.items():
     model = load(folder)
     again = {str(tmp_path)!r} + "/" + name
@@ -223,10 +212,7 @@ for name, folder in { ({name: str(run / "pruned") for name, run in RUNS.items()}
         with torch.no_grad():
             torch.testing.assert_close(loaded(ids).logits, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m: name + m)
 """
-    env = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin",
-           "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    without_flapcli(code, expected, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon-rw"])

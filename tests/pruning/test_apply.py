@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.edits import edit_keep
 from support.models import FEW, load_dense, make_tiny
-from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense
+from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, without_flapcli
 from transformers import AutoModelForCausalLM
 
 from flapcli.artifacts.plan import load_plan
@@ -74,16 +72,7 @@ def test_without_compensation(pruned, flap):
 def test_reloads_without_flapcli(pruned, tmp_path):
     """from_pretrained with trust_remote_code in a process that can't import flapcli; save and reload; generate."""
     _, run = pruned
-    torch.save(logits(load_pruned(run / "pruned")), tmp_path / "expected.pt")
     code = f"""
-import sys
-sys.modules["flapcli"] = None
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-ids = torch.tensor({IDS.tolist()})
-expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 model = load({str(run / "pruned")!r})
 with torch.no_grad():
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-6, atol=1e-6)
@@ -94,14 +83,7 @@ with torch.no_grad():
     torch.testing.assert_close(load({str(tmp_path / "again")!r})(ids).logits, expected, rtol=1e-6, atol=1e-6)
 AutoTokenizer.from_pretrained({str(run / "pruned")!r})("the quick brown fox")
 """
-    env = {
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": "/usr/bin",
-        "HOME": str(tmp_path),
-    }
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
+    without_flapcli(code, logits(load_pruned(run / "pruned")), tmp_path)
 
 
 def test_pruning_nothing_reproduces_the_dense_model(any_tiny, prune, tmp_path):

@@ -3,15 +3,9 @@
 import copy
 
 import torch
-from support.models import tiny_tokenizer
+from support.models import GQA, MHA, SIZES, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZES = {
-    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3,
-    "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-GQA = {"num_attention_heads": 6, "num_key_value_heads": 3}
-MHA = {"num_attention_heads": 6, "num_key_value_heads": 6}
 MQA = {"num_attention_heads": 6, "num_key_value_heads": 1}
 MLA = {"num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 12, "v_head_dim": 10,
        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}  # fmt: skip

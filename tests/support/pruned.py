@@ -1,6 +1,9 @@
 """Pruned folders loaded again, and what their dense model computes when it is masked in their place."""
 
 import json
+import os
+import subprocess
+import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -90,3 +93,22 @@ def step_by_step(model, ids=IDS):
             found = model(ids[:, place : place + 1], past_key_values=found.past_key_values, use_cache=True)
             rows.append(found.logits[:, -1])
     return torch.stack(rows, 1)
+
+
+def without_flapcli(code, expected, tmp_path):
+    """Run code in a process that can't import flapcli, after `ids`, `expected` (saved for it) and `load`."""
+    torch.save(expected, tmp_path / "expected.pt")
+    before = f"""
+import sys
+sys.modules["flapcli"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids = torch.tensor({IDS.tolist()})
+expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+"""
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin",
+           "HOME": str(tmp_path), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
