@@ -24,6 +24,7 @@ from flapcli.storage.record import Record
 FAMILIES = Path(__file__).parent / "families"
 MAX_LAYERS, MAX_SIZE = 10**5, 10**8
 SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+PER_LAYER = ("per_layer_config", "allow_global_per_layer_attribute_access")  # transformers' words for uneven layers
 OF_EXPERTS = ("shared_expert_size", "num_experts", "expert_size")  # read where the description names their keys
 Setting = Callable[[str], Any]  # a key of a model's configuration -> its value, None where it has none
 

@@ -103,8 +103,10 @@ class PrunedMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        layers = self.get_submodule(config.flap.get("decoder_layers", "model.layers"))  # type: ignore[attr-defined]
-        for index, layer in enumerate(layers):
+        place = config.flap.get("decoder_layers", "model.layers")
+        if not _has(self, place):  # type: ignore[arg-type]  # a model without a head begins within that prefix
+            place = place.removeprefix(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+        for index, layer in enumerate(self.get_submodule(place)):  # type: ignore[attr-defined]
             for description in config.flap["modules"]:
                 _resize(layer, index, description, config)
         named = self.named_modules()  # type: ignore[attr-defined]
@@ -144,10 +146,10 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
         _fit_arguments(layer.get_submodule(parent), index, description, config)
 
 
-def _has(layer: nn.Module, path: str) -> bool:
-    """Whether a layer has this submodule: where there are experts, not all have the same."""
+def _has(module: nn.Module, path: str) -> bool:
+    """Whether a module has this submodule: where there are experts, not all layers have the same."""
     try:
-        return layer.get_submodule(path) is not None
+        return module.get_submodule(path) is not None
     except AttributeError:
         return False
 
@@ -266,8 +268,8 @@ def _projection(old: Any, columns: int, rows: int, bias: bool) -> nn.Module:
 
 
 def __getattr__(name: str) -> type:
-    """FlapX for any class X of transformers' language models, made when first asked for."""
-    if not (name.startswith("Flap") and name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))):
+    """FlapX for any class X of transformers' language models, with their head or without, made when first asked for."""
+    if not (name.startswith("Flap") and name.endswith(("ForCausalLM", "Model", "ForConditionalGeneration"))):
         raise AttributeError(name)
     base = getattr(transformers, name.removeprefix("Flap"))
     made = type(name, (PrunedMixin, base), {"__module__": __name__, "__doc__": f"{base.__name__}, pruned by flap."})

@@ -1,22 +1,24 @@
 """What a pruned folder holds besides weights: configuration, code, tokenizer, plan and model card."""
 
 import json
-import operator
 import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
 from flapcli.architecture import modeling_flap
 from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
 from flapcli.architecture.rows import evaluate
 from flapcli.architecture.shape import COUNTS, OWN_SIZES, LayerShape, Module
-from flapcli.architecture.wrapper import AUTO_CLASS
+from flapcli.architecture.wrapper import AUTO_CLASS, changed
 from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
 from flapcli.artifacts.pruned_folder import file_sizes
 from flapcli.checkpoints import Checkpoint
 from flapcli.pruning.layout import Layout
+from flapcli.pruning.per_layer import per_layer_fields
 from flapcli.pruning.slicing import FitReport
 from flapcli.storage.dtypes import TABLE
 
@@ -66,12 +68,13 @@ def _config(layout: Layout, section: FlapSection) -> dict[str, Any]:
     name, auto_class = checkpoint.family.architecture, "AutoModelForCausalLM"
     if wrapper:
         name, auto_class = wrapper.architecture, AUTO_CLASS
-    change = wrapper.changed if wrapper else operator.or_
-    config = change(config, layout.layers.config_fields)
-    if layout.stock:
-        config = change(config | {"architectures": [name]}, layout.stock.config_fields)
-    else:
-        config |= {"architectures": [f"Flap{name}"], "auto_map": {auto_class: f"{MODELING[:-3]}.Flap{name}"}}
+    change = wrapper.changed if wrapper else changed
+    fields = layout.stock.config_fields if layout.stock else per_layer_fields(layout)
+    config = change(config | {"architectures": [name]}, layout.layers.config_fields | fields)
+    if not layout.stock:
+        classes = {auto_class: name, "AutoModel": MODEL_MAPPING_NAMES[config["model_type"]]}
+        made = {auto: f"{MODELING[:-3]}.Flap{own}" for auto, own in classes.items()}
+        config |= {"architectures": [f"Flap{name}"], "auto_map": made}
     return config | _old_rope(config) | {"dtype": TABLE[layout.dtype][0], "flap": section.as_json()}
 
 
