@@ -25,7 +25,7 @@ ROOMS = {
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",
     "planning": "stage methods whole_experts depth even_groups allocation scores target_search",
-    "pruning": "stage trial companions sequential sequential_fit slicing compensation layout cut stock_form "
+    "pruning": "stage trial companions per_layer sequential sequential_fit slicing compensation layout cut stock_form "
     "kept_layers",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",

@@ -45,27 +45,6 @@ class Nothing(nn.Module):
         return x[..., :0]
 
 
-class Emptied(nn.Module):
-    """What is left of attention whose heads are all pruned: its output projection's bias, or zero."""
-
-    def __init__(self, output: str, constant: Constant, layer: int, adds_residual: bool) -> None:
-        super().__init__()
-        self.output, self.layer, self.adds_residual = output, layer, adds_residual
-        self.add_module(output, constant)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = self.get_submodule(self.output)(hidden_states)
-        if self.adds_residual:
-            result = result + (args[0] if args else kwargs["residual"])
-        # A cache counts tokens by its layers' keys, so a layer without heads stores one empty channel. That of
-        # continuous batching counts by itself.
-        for cache in (*args, *kwargs.values()):
-            if isinstance(cache, transformers.Cache):
-                keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-                cache.update(keys, keys, self.layer)
-        return result, None
-
-
 class NoExperts(nn.Module):
     """What is left of experts that are all pruned: nothing, whatever the router says."""
 
@@ -103,8 +82,10 @@ class PrunedMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        layers = self.get_submodule(config.flap.get("decoder_layers", "model.layers"))  # type: ignore[attr-defined]
-        for index, layer in enumerate(layers):
+        place = config.flap.get("decoder_layers", "model.layers")
+        if not _has(self, place):  # type: ignore[arg-type]  # a model without a head begins within that prefix
+            place = place.removeprefix(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+        for index, layer in enumerate(self.get_submodule(place)):  # type: ignore[attr-defined]
             for description in config.flap["modules"]:
                 _resize(layer, index, description, config)
         named = self.named_modules()  # type: ignore[attr-defined]
@@ -116,7 +97,7 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
     """Give one module of one layer its pruned sizes."""
     flap, is_attention = config.flap, description["kind"] == "attention"
     output = description["output"]
-    parent, _, leaf = output.rpartition(".")
+    parent = output.rpartition(".")[0]
     if description.get("experts") or not _has(layer, output):
         if _has(layer, parent) and description.get("experts"):
             _resize_experts(layer, index, description)
@@ -125,13 +106,9 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
     bias = dense.bias is not None or output in flap["biases"]
     rows = {name: _rows(flap, description, counted, index) for name, counted in description["producers"].items()}
     if not any(rows.values()):
-        constant = Constant(_width(dense), bias)
-        if is_attention:
-            layer.set_submodule(parent, Emptied(leaf, constant, index, description.get("adds_residual", False)))
-            return
         for name in rows:
             layer.set_submodule(name, Nothing())
-        layer.set_submodule(output, constant)
+        layer.set_submodule(output, Constant(_width(dense), bias))
         return
     for name, count in rows.items():
         old = layer.get_submodule(name)
@@ -144,10 +121,10 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
         _fit_arguments(layer.get_submodule(parent), index, description, config)
 
 
-def _has(layer: nn.Module, path: str) -> bool:
-    """Whether a layer has this submodule: where there are experts, not all have the same."""
+def _has(module: nn.Module, path: str) -> bool:
+    """Whether a module has this submodule: where there are experts, not all layers have the same."""
     try:
-        return layer.get_submodule(path) is not None
+        return module.get_submodule(path) is not None
     except AttributeError:
         return False
 
@@ -266,8 +243,8 @@ def _projection(old: Any, columns: int, rows: int, bias: bool) -> nn.Module:
 
 
 def __getattr__(name: str) -> type:
-    """FlapX for any class X of transformers' language models, made when first asked for."""
-    if not (name.startswith("Flap") and name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))):
+    """FlapX for any class X of transformers' language models, with their head or without, made when first asked for."""
+    if not (name.startswith("Flap") and name.endswith(("ForCausalLM", "Model", "ForConditionalGeneration"))):
         raise AttributeError(name)
     base = getattr(transformers, name.removeprefix("Flap"))
     made = type(name, (PrunedMixin, base), {"__module__": __name__, "__doc__": f"{base.__name__}, pruned by flap."})

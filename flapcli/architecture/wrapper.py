@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from flapcli.architecture.family import PER_LAYER
 from flapcli.storage.record import Record
 
 WRAPPERS = Path(__file__).parent / "wrappers"
@@ -46,8 +47,13 @@ class Wrapper(Record):
     def changed(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """The whole's config.json with changes of the text model's configuration."""
         if self.text not in config:
-            return dict(config) | dict(changes)
-        return dict(config) | {self.text: dict(config[self.text]) | dict(changes)}
+            return changed(config, changes)
+        return dict(config) | {self.text: changed(config[self.text], changes)}
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with changes, and without what it said of single layers, which pruning says anew."""
+    return {key: value for key, value in config.items() if key not in PER_LAYER} | dict(changes)
 
 
 @cache

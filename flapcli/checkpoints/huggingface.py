@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapcli.architecture.family import Family, family_of
+from flapcli.architecture.family import PER_LAYER, Family, family_of
 from flapcli.architecture.source import Place, Source, source_of
 from flapcli.architecture.wrapper import Wrapper, wrappers
 from flapcli.checkpoints.checkpoint import Checkpoint
@@ -301,7 +301,8 @@ class FolderCheckpoint(Checkpoint):
 
 def _with_effect(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration, and of those within it, may change what the weights compute."""
-    left = {key for key in config if key in WITHOUT_EFFECT or "dropout" in key}
+    # Sizes of single layers stand under `flap`, and the tensors have them.
+    left = {key for key in config if key in (*WITHOUT_EFFECT, *PER_LAYER) or "dropout" in key}
     # Else it is how far a table of positions goes, whose size the tensors have, or how long a text may be.
     if not SCALED_ROTATION.search(json.dumps([config.get("rope_parameters"), config.get("rope_scaling")])):
         left.add("max_position_embeddings")

@@ -1,22 +1,25 @@
 """What a pruned folder holds besides weights: configuration, code, tokenizer, plan and model card."""
 
 import json
-import operator
 import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
 from flapcli.architecture import modeling_flap
 from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
 from flapcli.architecture.rows import evaluate
 from flapcli.architecture.shape import COUNTS, OWN_SIZES, LayerShape, Module
-from flapcli.architecture.wrapper import AUTO_CLASS
+from flapcli.architecture.wrapper import AUTO_CLASS, changed
 from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
 from flapcli.artifacts.pruned_folder import file_sizes
 from flapcli.checkpoints import Checkpoint
+from flapcli.pruning.cut import cut_of
 from flapcli.pruning.layout import Layout
+from flapcli.pruning.per_layer import per_layer_fields
 from flapcli.pruning.slicing import FitReport
 from flapcli.storage.dtypes import TABLE
 
@@ -66,12 +69,13 @@ def _config(layout: Layout, section: FlapSection) -> dict[str, Any]:
     name, auto_class = checkpoint.family.architecture, "AutoModelForCausalLM"
     if wrapper:
         name, auto_class = wrapper.architecture, AUTO_CLASS
-    change = wrapper.changed if wrapper else operator.or_
-    config = change(config, layout.layers.config_fields)
-    if layout.stock:
-        config = change(config | {"architectures": [name]}, layout.stock.config_fields)
-    else:
-        config |= {"architectures": [f"Flap{name}"], "auto_map": {auto_class: f"{MODELING[:-3]}.Flap{name}"}}
+    change = wrapper.changed if wrapper else changed
+    fields = layout.stock.config_fields if layout.stock else per_layer_fields(layout)
+    config = change(config | {"architectures": [name]}, layout.layers.config_fields | fields)
+    if not layout.stock:
+        classes = {auto_class: name, "AutoModel": MODEL_MAPPING_NAMES[config["model_type"]]}
+        made = {auto: f"{MODELING[:-3]}.Flap{own}" for auto, own in classes.items()}
+        config |= {"architectures": [f"Flap{name}"], "auto_map": made}
     return config | _old_rope(config) | {"dtype": TABLE[layout.dtype][0], "flap": section.as_json()}
 
 
@@ -113,7 +117,6 @@ def module_layout(layout: Layout, module: Module) -> ModuleLayout:
         transposed=description.transposed or None,
         head_arguments=description.head_arguments if has_arguments else None,
         kept_heads=_kept_heads(layout) if has_arguments else None,
-        adds_residual=description.adds_residual or None,
     )
 
 
@@ -140,13 +143,13 @@ def _dense(checkpoint: Checkpoint) -> LayerShape:
 
 def _kept_heads(layout: Layout) -> list[list[int]]:
     """Which of the configuration's heads every written layer keeps, through all rounds of pruning."""
-    plan, flap, shape = layout.plan, layout.checkpoint.flap, layout.checkpoint.shape
+    flap, shape = layout.checkpoint.flap, layout.checkpoint.shape
     before = next((m.kept_heads for m in (flap.modules if flap else None) or [] if m.kept_heads), None)
     found = []
     for layer in layout.layers.source_indices:
         own = before[layer] if before else list(range(shape.layers[layer].num_attention_heads))
-        stays = shape.kept(layer, "attention", plan.kept(layer, "attention"))["num_attention_heads"]
-        found.append([head for head, kept in zip(own, stays, strict=True) if kept or layout.masked])
+        written = cut_of(layout.checkpoint, layout.plan, layer, "attention").stays["num_attention_heads"]
+        found.append([head for head, stays in zip(own, written, strict=True) if stays or layout.masked])
     return found
 
 

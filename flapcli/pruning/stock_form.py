@@ -7,6 +7,7 @@ have biases (those that it would add beside compensation's are written as zeros)
 from dataclasses import dataclass
 from typing import Any
 
+from flapcli.architecture.family import PER_LAYER
 from flapcli.architecture.rows import evaluate
 from flapcli.architecture.shape import LayerShape, Module
 from flapcli.checkpoints import Checkpoint
@@ -123,7 +124,7 @@ def _refused(checkpoint: Checkpoint, fields: dict[str, Any]) -> str | None:
     """What transformers' own configuration class has against the sizes, such as heads that do not divide h."""
     from transformers import AutoConfig
 
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("flap", "auto_map", "model_type")}
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("flap", "auto_map", "model_type", *PER_LAYER)}
     try:
         AutoConfig.for_model(checkpoint.family.name, **config | fields)
     except Exception as error:  # strict dataclasses wrap what their validators raise in classes of their own
