@@ -24,7 +24,7 @@ ROOMS = {
     " ": "sweep",
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",
-    "planning": "stage methods whole_experts depth even_groups allocation scores target_search",
+    "planning": "stage methods whole_experts depth even_groups devices allocation scores target_search",
     "pruning": "stage trial companions per_layer sequential sequential_fit slicing compensation layout cut stock_form "
     "kept_layers",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
@@ -35,7 +35,7 @@ ROOMS = {
     "unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms gguf gguf_layout gguf_header huggingface "
     "checkpoint verification unit_counts described companion_files locate hub_errors shards weight_index expert_files",
-    "architecture": "catalogue source wrapper family gguf_form flap_section modeling_flap rope rows shape",
+    "architecture": "catalogue source wrapper family gguf_form flap_section parallel modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",
 }

@@ -8,6 +8,7 @@ import yaml
 
 from flapcli.architecture.family import Family, families
 from flapcli.architecture.flap_section import FlapSection, MadeBy
+from flapcli.architecture.parallel import device_counts
 from flapcli.architecture.wrapper import AUTO_CLASS, wrappers
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
@@ -92,6 +93,7 @@ def _table(plan: Plan, flap: FlapSection) -> str:
         "parameters before": f"{p.model:,}",
         "parameters after": f"{after:,}",
         "biases added": ", ".join(flap.biases) or "none",
+        "devices that layers split over (tensor parallel)": ", ".join(map(str, device_counts(flap.layers()))),
         "made by": f"flap {made_by.version}",
     }
     if flap.source_layers is not None:

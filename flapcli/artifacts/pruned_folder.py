@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flapcli.architecture.flap_section import FlapSection
+from flapcli.architecture.parallel import device_counts
 from flapcli.artifacts.reuse import Kind
 from flapcli.checkpoints.weight_index import index_of, weight_map
 from flapcli.errors import FlapError, UsageError
@@ -25,6 +26,14 @@ class PrunedFolder:
     path: Path
     config: dict[str, Any]
     flap: FlapSection
+
+    @property
+    def tensor_parallel(self) -> list[int]:
+        """Over how many devices its layers split evenly, whatever may be served so."""
+        return device_counts(self.flap.layers())
+
+    def as_json(self) -> dict[str, Any]:
+        return self.config | {"tensor_parallel": self.tensor_parallel}
 
 
 def load_pruned(path: Path) -> PrunedFolder:

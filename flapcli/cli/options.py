@@ -121,6 +121,9 @@ class UnitGroup:
         "bitsandbytes' 4 bits.")] = s.PlanOptions.round_to
     heads_multiple_of: Annotated[int, _in_plan(
         "--heads-multiple-of", min=1, help="Keep heads or KV groups in multiples of this.")] = 1
+    tensor_parallel: Annotated[int, _in_plan(
+        "--tensor-parallel", min=1, help="Keep in every layer what splits over so many devices, as vLLM's "
+        "--tensor-parallel-size wants it: heads, and MLP widths in multiples of 16 on each.")] = 1
     allow_empty: Annotated[bool, _in_plan("--allow-empty", help="Let a layer lose all its heads or neurons.")] = False
     attention_exponent: Annotated[float | None, _in_plan(
         "--attention-exponent", min=0.01, help="Exponent of attention scores.",

@@ -87,7 +87,7 @@ def resolve(asked: Asked) -> Stages:
         PlanOptions(
             units.method, metric, structure, PlanOptions.ratio if amount.ratio is None else amount.ratio,
             units.remove_heads, units.round_to, units.heads_multiple_of, units.allow_empty, units.attention_exponent,
-            target, asked.attention_unit,
+            target, asked.attention_unit, units.tensor_parallel,
         ),
         ApplyOptions(
             compensate, given.ridge, bias, asked.mask_only, given.remote_code, asked.store_dtype, given.max_shard_size,

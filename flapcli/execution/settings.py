@@ -74,6 +74,7 @@ class PlanOptions:
     attention_exponent: float | None = None
     target: "Target | None" = None
     attention_unit: AttentionUnit | None = None
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Request:
     round_to: int = 1
     heads_multiple_of: int = 1
     allow_empty: bool = False
+    tensor_parallel: int = 1
 
 
 def allocate(shape: ModelShape, scores: UnitScores, request: Request) -> Kept:

@@ -15,6 +15,7 @@ def check_whole(method: str, request: Request, attention_exponent: float | None)
         "--remove-heads": request.remove_heads is not None,
         "--round-to": request.round_to > 1,
         "--heads-multiple-of": request.heads_multiple_of > 1,
+        "--tensor-parallel": request.tensor_parallel > 1,
         "--attention-exponent": attention_exponent is not None,
     }
     if wrong := [option for option, is_given in given.items() if is_given]:

@@ -14,6 +14,7 @@ from flapcli.errors import UsageError
 from flapcli.execution.settings import PlanOptions
 from flapcli.planning.allocation import Kept, Request
 from flapcli.planning.depth import check_whole, drop_layers
+from flapcli.planning.devices import over_devices
 from flapcli.planning.even_groups import allocate_evenly
 from flapcli.planning.scores import UNIT_METRICS, unit_scores
 from flapcli.planning.target_search import find_ratio
@@ -43,9 +44,16 @@ def checked(options: PlanOptions) -> tuple[str, Request]:
     metric = own_metric or options.metric or DEFAULT_METRIC
     structure = own_structure or options.structure or DEFAULT_STRUCTURE
     ratio, remove_heads, exponent = options.ratio, options.remove_heads, options.attention_exponent
-    request = Request(structure, ratio, remove_heads, options.round_to, options.heads_multiple_of, options.allow_empty)
+    request = Request(
+        structure, ratio, remove_heads, options.round_to, options.heads_multiple_of, options.allow_empty,
+        options.tensor_parallel,
+    )  # fmt: skip
     if options.method in WHOLE:
         check_whole(options.method, request, exponent)
+    if request.tensor_parallel > 1 and request.allow_empty:
+        raise UsageError(
+            "--allow-empty: by --tensor-parallel every layer keeps heads for each device; leave --allow-empty out"
+        )
     if exponent is not None and not isfinite(exponent):
         raise UsageError(f"--attention-exponent {exponent}: must be a number")
     if metric in UNIT_METRICS and exponent is not None:
@@ -87,9 +95,12 @@ def choose(
             f"{', '.join(stats.model.prunable)} can be pruned: take UL-UM or AL-AM"
         )
     if method not in WHOLE:
+        request = over_devices(stats.model, request)
         scores = unit_scores(stats, metric, attention_exponent, adaptive=request.structure.startswith("AL"))
         settings = asdict(request) | {"attention_exponent": None if metric in UNIT_METRICS else attention_exponent}
         del settings["structure"], settings["ratio"]
+        if request.tensor_parallel == 1:  # as in plans of older versions
+            del settings["tensor_parallel"]
 
     def kept_at(ratio: float) -> Kept:
         if scores is None:

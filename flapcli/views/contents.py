@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ class View(NamedTuple):
 VIEWS: dict[type, View] = {
     StatsHeader: View("stats", StatsHeader.model_dump, tables.show_stats),
     Plan: View("plan", partial(Plan.model_dump, exclude_none=True), tables.show_plan),
-    PrunedFolder: View("checkpoint", attrgetter("config"), tables.show_folder),
+    PrunedFolder: View("checkpoint", PrunedFolder.as_json, tables.show_folder),
     EvalReport: View("eval", EvalReport.model_dump, tables.show_report),
     sweep_results.Sweep: View("sweep", sweep_results.Sweep.model_dump, tables.show_sweep),
     self_text.SelfText: View("self", self_text.SelfText.model_dump, tables.show_selftext),

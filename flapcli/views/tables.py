@@ -108,6 +108,8 @@ def show_folder(folder: PrunedFolder) -> None:
     out.print(table)
     if flap.output_error:
         _show_output_errors(flap.output_error)
+    counts = ", ".join(map(str, folder.tensor_parallel))
+    out.print(f"tensor parallel: every layer splits over {counts} devices", highlight=False, soft_wrap=True)
 
 
 def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]]) -> None:

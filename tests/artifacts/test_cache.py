@@ -46,7 +46,7 @@ def test_force_works_anew_and_gives_the_same(run, flap, tiny, text_file):
     ("stage", "options"),
     [
         ("calibrate", "--seed 1"), ("calibrate", "--nsamples 11"), ("calibrate", "--gram"),
-        ("plan", "--ratio 0.31"), ("plan", "--metric IFV"), ("plan", "--round-to 8"),
+        ("plan", "--ratio 0.31"), ("plan", "--metric IFV"), ("plan", "--round-to 8"), ("plan", "--tensor-parallel 2"),
         ("apply", "--compensate none"), ("apply", "--dtype bfloat16"), ("apply", "--mask-only"),
         ("eval", "--seqlen 17"), ("eval", "--no-baseline"),
     ],
