@@ -7,9 +7,15 @@ from typing import Protocol
 Advance = Callable[[int], None]
 
 
+IMPORTING = "importing torch and transformers"  # some seconds in which nothing else can be said
+
+
 class Progress(Protocol):
     def task(self, description: str, total: int, unit: str) -> AbstractContextManager[Advance]:
         """A bar of `total` units; the value entered is called with each number of units done."""
+
+    def doing(self, what: str) -> None:
+        """What is done from here on, of unknown length, until the next is said; never part of what is kept."""
 
     def note(self, message: str) -> None:
         """One line for the user, outside the bar."""
@@ -20,6 +26,9 @@ class Silent:
 
     def task(self, description: str, total: int, unit: str) -> AbstractContextManager[Advance]:
         return nullcontext(lambda _done: None)
+
+    def doing(self, what: str) -> None:
+        pass
 
     def note(self, message: str) -> None:
         pass

@@ -152,6 +152,7 @@ class CalibrationText:
                 f"calibrate the same ({count} windows of {options.seqlen}, seed {options.seed}) where it fits, with "
                 f"--no-stream, and copy the self.json that this writes to {path}; or give a text"
             )
+        progress.doing(f"loading {self.checkpoint.name}")
         self.model = load_model(self.checkpoint, runtime.dtype, runtime.device, self.device_map)
         asked = Sampling(count, options.seqlen, options.seed, runtime.batch_size)
         windows = sample_windows(self.model, self.tokenizer, asked, progress, ranks)

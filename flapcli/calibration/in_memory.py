@@ -13,8 +13,8 @@ from flapcli.calibration.recorder import Key, Recorder, fisher_of, layer_stats_o
 from flapcli.calibration.workload import Workload
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.checkpoints.shards import raw_bytes
-from flapcli.execution.batches import STREAM, Batches
-from flapcli.execution.loading import head_of, load_model
+from flapcli.execution.batches import STREAM, Batches, Within
+from flapcli.execution.loading import head_of, layers_of, load_model
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.dtypes import dtype_code, torch_dtype
 from flapcli.storage.resume import Resume
@@ -22,6 +22,7 @@ from flapcli.storage.safetensors_file import StreamWriter, TensorSpec, read_head
 
 # A checkpoint is taken no sooner after the last one than this, and than 20 times what that one took.
 SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
+FORWARD_AND_BACKWARD = 3  # times what forward alone takes
 
 
 def measure(work: Workload) -> Iterator[LayerStats]:
@@ -33,6 +34,7 @@ def measure(work: Workload) -> Iterator[LayerStats]:
     Raises FlapError on activations that are not finite and where memory does not suffice.
     """
     checkpoint, windows = work.checkpoint, work.windows
+    work.progress.doing(f"loading {checkpoint.name}")
     model = work.model or load_model(checkpoint, work.runtime.dtype, work.runtime.device, work.device_map)
     device = next(p.device for p in model.parameters() if not p.is_meta)  # what accelerate offloads is meta
     decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
@@ -57,7 +59,12 @@ def measure(work: Workload) -> Iterator[LayerStats]:
     seqlen = windows.shape[1]
     batches = Batches(seqlen, device, work.runtime.batch_size, work.progress, work.fisher, STREAM)
     mode = torch.enable_grad() if work.fisher else torch.inference_mode()
-    with mode, work.progress.task("calibrate", windows.size, "tokens") as advance:
+    layers, passes = layers_of(model, checkpoint), FORWARD_AND_BACKWARD if work.fisher else 1
+    with (
+        mode,
+        work.progress.task("calibrate", windows.size, "tokens") as whole,
+        Within(layers, whole, passes) as advance,
+    ):
         advance(done * seqlen)
 
         def taken(tokens: int) -> None:

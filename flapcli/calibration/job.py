@@ -53,6 +53,7 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
         ranks.agree(should_stream(checkpoint, runtime, demand, execution.stream, progress))
     )
     text = CalibrationText(request.out, checkpoint, options, runtime, execution.device_map, streamed)
+    progress.doing(f"reading {options.dataset}")
     windows = text.windows(force, progress, ranks)
     refuse_unlike_ranks(ranks, checkpoint, windows, runtime.dtype)
     header = _header(request, windows, opening_text(text.tokenizer), runtime, streamed)
@@ -130,6 +131,7 @@ def _run(request: CalibrationRequest, header: StatsHeader, work: Workload, resum
     if work.ranks.rank:
         deque(found, maxlen=0)
         return
+    work.progress.doing("writing statistics")
     layers = header.model.num_layers if gram and work.fisher else 0
     with work.progress.task("eliminate", layers, "layers") if layers else nullcontext(lambda _: None) as advance:
         save_stats(request.out, header, found, gram, eliminator(work.checkpoint, advance))

@@ -12,7 +12,7 @@ from flapcli.checkpoints import DEMO, Hub, open_checkpoint
 from flapcli.errors import UsageError
 from flapcli.execution.processes import several_processes
 from flapcli.execution.settings import CalibrateOptions, Execution
-from flapcli.progress import Progress, Silent
+from flapcli.progress import IMPORTING, Progress, Silent
 from flapcli.storage.sizes import parse_size
 from flapcli.texts.corpus import default_text
 from flapcli.texts.mixture import Mixture
@@ -45,6 +45,7 @@ def calibrate(
     _check(options, execution, mixture)
     options = replace(options, dataset=mixture.absolute().name)
     with _several_ranks(execution.rank_timeout) as ranks, hold(out, ranks.rank if ranks else 0):
+        progress.doing(f"opening {model}")
         checkpoint = open_checkpoint(model, hub)
         checkpoint.attention_unit = options.attention_unit
         request = CalibrationRequest(out, checkpoint, options, execution)
@@ -55,6 +56,7 @@ def calibrate(
             current = answer and StatsHeader.model_validate(answer)
         if current:
             return current, True
+        progress.doing(IMPORTING)
         from flapcli.calibration.job import write_stats
         from flapcli.execution.ranks import Ranks
 

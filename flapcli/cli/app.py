@@ -1,5 +1,9 @@
 """The command line: all commands of `flap`, in the order of its help."""
 
+import logging
+import sys
+import warnings
+
 import typer
 
 from flapcli.cli import options as o
@@ -14,7 +18,15 @@ from flapcli.cli import stages, run_command, sweep_command, results  # noqa: F40
 
 def main() -> None:
     forgive_encodings()
+    if "--debug" not in sys.argv:
+        quiet_libraries()
     app()
+
+
+def quiet_libraries() -> None:
+    """What libraries warn of, many as they are imported, tells no user of flap what to do; --debug shows it."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 @app.callback()

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import typer
 
+from flapcli.cli import interrupts
 from flapcli.cli import options as o
 from flapcli.cli.epilogs import epilog
 from flapcli.errors import FlapError, UnfinishedError
@@ -53,15 +54,15 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(function)
         def guarded(context: typer.Context, debug: bool, **given: Any) -> None:
             made = {key: group(**{f.name: given.pop(f.name) for f in fields(group)}) for key, group in groups.items()}
-            try:
-                function(**given, **made)
-            except typer.Exit:
-                raise
-            except (Exception, KeyboardInterrupt) as error:
-                if debug or context.obj:
+            with interrupts.raised_in(name):
+                try:
+                    function(**given, **made)
+                except typer.Exit:
                     raise
-                terminal.error(_describe(error))
-                raise typer.Exit(error.exit_code if isinstance(error, FlapError) else 1) from error
+                except (Exception, KeyboardInterrupt) as error:
+                    if debug or context.obj:
+                        raise
+                    raise typer.Exit(_told(error, name)) from error
 
         first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         last = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=o.Debug)
@@ -74,20 +75,26 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return register
 
 
+def _told(error: BaseException, command: str) -> int:
+    """Say what ended a command; returns its exit code."""
+    pressed = interrupts.was_pressed(error)
+    knows_better = isinstance(error, UnfinishedError)  # what was measured until then, and where it is
+    terminal.error(interrupts.line_of(command) if pressed and not knows_better else _describe(error))
+    return interrupts.CODE if pressed else error.exit_code if isinstance(error, FlapError) else 1
+
+
 def _describe(error: BaseException) -> str:
     if isinstance(error, FlapError):
         return " ".join(str(error).split("\n"))
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing half-done is left behind (calibrate goes on where it stopped when run again)"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{str(error.filename)[:100]}: {error.strerror}"
     return f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)"
 
 
-def tell(path: Path, made: Any, cached: bool, as_json: bool) -> None:
-    """Print a stage's result as JSON or as a table; where it lies, on stderr."""
+def tell(path: Path, made: Any, cached: bool, as_json: bool, took: float) -> None:
+    """Print a stage's result as JSON or as a table; where it lies and the seconds that it took, on stderr."""
     print_made(made, as_json)
-    note_of(path, cached)
+    note_of(path, cached, took)
 
 
 def print_made(made: Any, as_json: bool) -> None:
@@ -108,9 +115,9 @@ def printing_unfinished(as_json: bool) -> Iterator[None]:
         raise
 
 
-def note_of(path: Path, cached: bool) -> None:
+def note_of(path: Path, cached: bool, took: float) -> None:
     """Where an artifact lies, and whether it was there."""
-    terminal.note(f"{path}: up to date" if cached else f"{path}: written")
+    terminal.note(f"{path}: up to date" if cached else f"{path}: written ({terminal.duration(took)})")
 
 
 def not_run(tasks: Iterable[str], path: Path) -> FlapError:

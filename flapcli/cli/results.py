@@ -8,16 +8,19 @@ import typer
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, tell
 from flapcli.errors import FlapError, UsageError
+from flapcli.progress import IMPORTING
 from flapcli.views import terminal
+from flapcli.views.display import Display
 
 
 @command("report")
 def report(run_dir: o.Run = RUN, out: o.Out = None, compare: o.CompareRuns = None) -> None:
     """Write one self-contained HTML page of a run -> DIR/report.html."""
-    from flapcli.views.page import write_page
-
     path = out or run_dir / "report.html"
-    write_page(run_dir, path, compare or [])
+    with Display("report"):
+        from flapcli.views.page import write_page
+
+        write_page(run_dir, path, compare or [])
     terminal.note(f"{path}: written")
 
 
@@ -69,16 +72,20 @@ def generate(
     """Print what the dense and the pruned model say to a prompt, side by side."""
     if asked.temperature is not None and not asked.sample:
         raise UsageError("--temperature is for --sample; greedy decoding has none")
-    from flapcli.cli.resolve import hub_of
-    from flapcli.evaluation.generate import generate as continued
     from flapcli.execution.settings import Execution, GenerateOptions
-    from flapcli.views.comparison_tables import show_texts
 
     options = GenerateOptions(
         asked.max_new_tokens, asked.sample, asked.seed, asked.temperature or 1.0, asked.chat, dtype, asked.baseline
     )
     name, how = checkpoint or run_dir / "pruned", Execution(device, threads=threads)
-    said = continued(prompt, name, options, model, hub_of(hub), how, terminal.Bars())
+    with Display("generate") as display:
+        display.doing(IMPORTING)
+        from flapcli.cli.resolve import hub_of
+        from flapcli.evaluation.generate import generate as continued
+
+        said = continued(prompt, name, options, model, hub_of(hub), how, display)
+    from flapcli.views.comparison_tables import show_texts
+
     terminal.data({"prompt": prompt, **said}) if as_json else show_texts(said)
 
 
@@ -99,12 +106,13 @@ def export(
     """Write a pruned checkpoint for another runtime -> DIR/pruned.gguf, and an Ollama Modelfile beside it."""
     if target != "gguf":
         raise UsageError(f"export {target}: the formats are gguf")
-    from flapcli.cli.resolve import hub_of
-    from flapcli.export.stage import export_gguf
-
     path, name = out or run_dir / "pruned.gguf", checkpoint or run_dir / "pruned"
-    exported, cached = export_gguf(name, path, outtype, hub_of(hub), force, terminal.Bars())
-    tell(path, exported, cached, as_json)
+    with Display("export") as display:
+        from flapcli.cli.resolve import hub_of
+        from flapcli.export.stage import export_gguf
+
+        exported, cached = export_gguf(name, path, outtype, hub_of(hub), force, display)
+    tell(path, exported, cached, as_json, display.took)
 
 
 @command("push")
@@ -115,9 +123,11 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
 ) -> None:
     """Upload a pruned folder to the hub; the token comes from the environment."""
-    from flapcli.export.push import push as upload
+    with Display(f"push to {repo}"):
+        from flapcli.export.push import push as upload
 
-    terminal.note(f"uploaded: {upload(checkpoint or run_dir / 'pruned', repo, private)}")
+        place = upload(checkpoint or run_dir / "pruned", repo, private)
+    terminal.note(f"uploaded: {place}")
 
 
 @command("show")
@@ -164,12 +174,15 @@ def families(
         rows = catalogue()
         terminal.data(rows) if as_json else tables.show_families(rows)
         return
-    from flapcli.checkpoints import open_checkpoint
-    from flapcli.cli.resolve import execution_of, hub_of
-    from flapcli.pruning.trial import try_description
+    with Display(f"families --check {check}") as display:
+        from flapcli.checkpoints import open_checkpoint
+        from flapcli.cli.resolve import execution_of, hub_of
 
-    checkpoint = open_checkpoint(check, hub_of(hub))
-    trials = try_description(checkpoint, execution_of(execution), terminal.Bars())
+        checkpoint = open_checkpoint(check, hub_of(hub))
+        display.doing(IMPORTING)
+        from flapcli.pruning.trial import try_description
+
+        trials = try_description(checkpoint, execution_of(execution), display)
     found = {
         "model": checkpoint.name,
         "family": checkpoint.family.name,

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapcli.cli import options as o
-from flapcli.cli.command import RUN, command, not_run, note_of, print_made, tell
+from flapcli.cli.command import RUN, command, not_run, note_of, print_made
 from flapcli.errors import UnfinishedError, UsageError
 from flapcli.views import terminal
+from flapcli.views.display import Display
 
 if TYPE_CHECKING:
     from flapcli.checkpoints import Hub
@@ -38,34 +39,38 @@ def run(
     as_json: o.Json = False,
 ) -> None:
     """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
-    from flapcli.artifacts.eval_report import EVAL
-    from flapcli.artifacts.pruned_folder import check_not_source
-    from flapcli.artifacts.run_dir import RunDir, hold
-    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
-    from flapcli.evaluation.stage import check_tasks
     from flapcli.execution.processes import refuse_several_processes
-    from flapcli.execution.settings import SpeedOptions
-    from flapcli.views.contents import data_of, inspect
 
     refuse_several_processes()
-    how = execution_of(execution, stream)
-    stages = resolve(Asked(
-        model, preset, windows, calibration, units, amount, store_dtype if amount.target_size else None, None,
-        compensation, mask_only, store_dtype, evaluation, eval_dtype, speed=SpeedOptions() if speed else None,
-        attention_unit=attention_unit,
-    ))  # fmt: skip
-    stages.check(how)
-    if stages.plan.target and mask_only:
-        raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
-    check_not_source(RunDir(run_dir).pruned, model)
-    check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), terminal.Bars())
+    with Display("run") as display:
+        from flapcli.artifacts.eval_report import EVAL
+        from flapcli.artifacts.pruned_folder import check_not_source
+        from flapcli.artifacts.run_dir import RunDir, hold
+        from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+        from flapcli.evaluation.stage import check_tasks
+        from flapcli.execution.settings import SpeedOptions
+
+        how = execution_of(execution, stream)
+        stages = resolve(Asked(
+            model, preset, windows, calibration, units, amount, store_dtype if amount.target_size else None, None,
+            compensation, mask_only, store_dtype, evaluation, eval_dtype, speed=SpeedOptions() if speed else None,
+            attention_unit=attention_unit,
+        ))  # fmt: skip
+        stages.check(how)
+        if stages.plan.target and mask_only:
+            raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
+        check_not_source(RunDir(run_dir).pruned, model)
+        check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
     with hold(RunDir(run_dir).stats):
         failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
     if as_json:
+        from flapcli.views.contents import data_of, inspect
+
         unsaved = {"eval": failed.made.model_dump()} if isinstance(failed, UnfinishedError) else {}
         terminal.data(data_of(inspect(run_dir)) | unsaved)
     if failed:
         raise failed
+    terminal.note(f"all four stages: {terminal.duration(display.took)}")
 
 
 def _go(
@@ -80,16 +85,22 @@ def _go(
 
     def ended(path: Path, made: Any, cached: bool) -> None:
         if draws:
-            tell(path, made, cached, as_json=False)
-        else:
-            note_of(path, cached)
+            print_made(made, as_json=False)
+        note_of(path, cached, display.took)
 
-    run, bars = RunDir(run_dir), terminal.Bars()
-    ended(run.stats, *calibrate(model, run.stats, stages.calibrate, hub, execution, force, bars))
-    ended(run.plan, *plan(run.stats, run.plan, stages.plan, force, bars))
-    ended(run.pruned, *apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, bars))
+    run = RunDir(run_dir)
+    with Display("[1/4] calibrate") as display:
+        found = calibrate(model, run.stats, stages.calibrate, hub, execution, force, display)
+    ended(run.stats, *found)
+    with Display("[2/4] plan") as display:
+        made = plan(run.stats, run.plan, stages.plan, force, display)
+    ended(run.plan, *made)
+    with Display("[3/4] apply") as display:
+        folder = apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, display)
+    ended(run.pruned, *folder)
     try:
-        report, cached = evaluate(run.pruned, run.eval, stages.evaluate, None, hub, execution, force, bars)
+        with Display("[4/4] eval") as display:
+            report, cached = evaluate(run.pruned, run.eval, stages.evaluate, None, hub, execution, force, display)
     except UnfinishedError as error:
         if draws:
             print_made(error.made, as_json=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, not_run, printing_unfinished, tell
 from flapcli.errors import only_with
-from flapcli.views import terminal
+from flapcli.views.display import Display
 
 
 @command("calibrate")
@@ -30,18 +30,18 @@ def calibrate(
     Killed, it goes on where it stopped when run again. Several processes share the windows:
     torchrun --nproc-per-node 2 -m flapcli calibrate ...
     """
-    from flapcli.calibration import stage
-    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
     from flapcli.execution.processes import is_writer
 
-    options = resolve(
-        Asked(model, preset, windows=windows, calibration=calibration, attention_unit=attention_unit)
-    ).calibrate
     path = out or run_dir / "stats.safetensors"
-    how = execution_of(execution, stream, scale=scale)
-    header, cached = stage.calibrate(model, path, options, hub_of(hub), how, force, terminal.Bars())
+    with Display("calibrate", shown=is_writer()) as display:
+        from flapcli.calibration import stage
+        from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+
+        asked = Asked(model, preset, windows=windows, calibration=calibration, attention_unit=attention_unit)
+        options, how = resolve(asked).calibrate, execution_of(execution, stream, scale=scale)
+        header, cached = stage.calibrate(model, path, options, hub_of(hub), how, force, display)
     if is_writer():
-        tell(path, header, cached, as_json)
+        tell(path, header, cached, as_json, display.took)
 
 
 @command("plan")
@@ -60,16 +60,17 @@ def plan(
     as_json: o.Json = False,
 ) -> None:
     """Choose which heads and neurons stay -> DIR/plan.yaml, to read and to edit."""
-    from flapcli.cli.resolve import Asked, resolve
-    from flapcli.planning import stage
-
-    asked = Asked(
-        preset=preset, units=units, amount=amount, target_dtype=dtype, target_biases=target_biases,
-        attention_unit=attention_unit,
-    )  # fmt: skip
     path, statistics = out or run_dir / "plan.yaml", stats or run_dir / "stats.safetensors"
-    made, cached = stage.plan(statistics, path, resolve(asked).plan, force, terminal.Bars())
-    tell(path, made, cached, as_json)
+    with Display("plan") as display:
+        from flapcli.cli.resolve import Asked, resolve
+        from flapcli.planning import stage
+
+        asked = Asked(
+            preset=preset, units=units, amount=amount, target_dtype=dtype, target_biases=target_biases,
+            attention_unit=attention_unit,
+        )  # fmt: skip
+        made, cached = stage.plan(statistics, path, resolve(asked).plan, force, display)
+    tell(path, made, cached, as_json, display.took)
 
 
 @command("apply")
@@ -93,16 +94,16 @@ def apply(
 
     --batch-size and --device are for --sequential, which runs in the type of the calibration.
     """
-    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
-    from flapcli.pruning import stage
+    path = out or run_dir / "pruned"
+    with Display("apply") as display:
+        from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+        from flapcli.pruning import stage
 
-    asked = Asked(preset=preset, compensation=compensation, mask_only=mask_only, store_dtype=dtype)
-    path, inputs = out or run_dir / "pruned", stage.ApplyInputs(stats, model, hub_of(hub))
-    folder, cached = stage.apply(
-        plan or run_dir / "plan.yaml", path, resolve(asked).apply, inputs, execution_of(execution), force,
-        terminal.Bars(),
-    )  # fmt: skip
-    tell(path, folder, cached, as_json)
+        asked = Asked(preset=preset, compensation=compensation, mask_only=mask_only, store_dtype=dtype)
+        inputs, how = stage.ApplyInputs(stats, model, hub_of(hub)), execution_of(execution)
+        plan = plan or run_dir / "plan.yaml"
+        folder, cached = stage.apply(plan, path, resolve(asked).apply, inputs, how, force, display)
+    tell(path, folder, cached, as_json, display.took)
 
 
 @command("eval")
@@ -127,19 +128,19 @@ def eval_(
     as_json: o.Json = False,
 ) -> None:
     """Measure a checkpoint, and the dense model beside it -> DIR/eval.json."""
-    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve, speed_of
-    from flapcli.evaluation import stage
-
     only_with("--tasks", evaluation.tasks is not None, {"--cache-requests": cache_requests})
-    asked = Asked(
-        windows=windows, evaluation=evaluation, eval_dtype=dtype, num_fewshot=num_fewshot,
-        speed=speed_of(speed, timing, threads),
-    )  # fmt: skip
     path, name = out or run_dir / "eval.json", checkpoint or run_dir / "pruned"
-    how = execution_of(execution, stream, threads, cache_requests)
-    options = resolve(asked).evaluate
-    with printing_unfinished(as_json):
-        report, cached = stage.evaluate(name, path, options, model, hub_of(hub), how, force, terminal.Bars())
-    tell(path, report, cached, as_json)
+    with printing_unfinished(as_json), Display("eval") as display:
+        from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve, speed_of
+        from flapcli.evaluation import stage
+
+        asked = Asked(
+            windows=windows, evaluation=evaluation, eval_dtype=dtype, num_fewshot=num_fewshot,
+            speed=speed_of(speed, timing, threads),
+        )  # fmt: skip
+        how = execution_of(execution, stream, threads, cache_requests)
+        options = resolve(asked).evaluate
+        report, cached = stage.evaluate(name, path, options, model, hub_of(hub), how, force, display)
+    tell(path, report, cached, as_json, display.took)
     if report.all_failures:
         raise not_run(report.all_failures, path)

@@ -2,7 +2,7 @@
 
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, not_run, printing_unfinished, tell
-from flapcli.views import terminal
+from flapcli.views.display import Display
 
 
 @command("sweep")
@@ -33,24 +33,27 @@ def sweep(
     stopped. Each ratio's plan and evaluation stay in DIR/sweep/RATIO/. Calibrate keeps what metric and compensation
     need, untold.
     """
-    from flapcli import sweep as stage
-    from flapcli.artifacts.run_dir import RunDir
-    from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
     from flapcli.execution.processes import refuse_several_processes
-    from flapcli.views.plots import save_sweep_picture
 
     refuse_several_processes()
     wanted = o.ratios(ratios)
-    asked = Asked(
-        model, preset, windows, calibration, units, compensation=compensation, store_dtype=store_dtype,
-        evaluation=evaluation, eval_dtype=eval_dtype, lean=True, attention_unit=attention_unit,
-    )  # fmt: skip
-    stages = resolve(asked)
-    options = stage.SweepOptions(wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep)
-    run, how = RunDir(run_dir), execution_of(execution, stream)
-    with printing_unfinished(as_json):
-        made, failed = stage.sweep(run, model, options, hub_of(hub), how, force, terminal.Bars())
-    save_sweep_picture(made, run_dir / "sweep" / "sweep.svg")
-    tell(run.sweep, made, False, as_json)
+    with printing_unfinished(as_json), Display("sweep") as display:
+        from flapcli import sweep as stage
+        from flapcli.artifacts.run_dir import RunDir
+        from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
+
+        asked = Asked(
+            model, preset, windows, calibration, units, compensation=compensation, store_dtype=store_dtype,
+            evaluation=evaluation, eval_dtype=eval_dtype, lean=True, attention_unit=attention_unit,
+        )  # fmt: skip
+        stages = resolve(asked)
+        options = stage.SweepOptions(wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep)
+        run, how = RunDir(run_dir), execution_of(execution, stream)
+        made, failed = stage.sweep(run, model, options, hub_of(hub), how, force, display)
+        display.doing("drawing")
+        from flapcli.views.plots import save_sweep_picture
+
+        save_sweep_picture(made, run_dir / "sweep" / "sweep.svg")
+    tell(run.sweep, made, False, as_json, display.took)
     if failed:
         raise not_run(failed, run.sweep)

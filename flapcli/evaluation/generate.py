@@ -2,9 +2,10 @@
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, set_seed
 
 from flapcli.checkpoints import Hub
 from flapcli.errors import FlapError, first_line
@@ -12,7 +13,7 @@ from flapcli.evaluation.stage import dense_of, open_measured
 from flapcli.execution.device import Runtime
 from flapcli.execution.loading import load_model, quiet_transformers
 from flapcli.execution.settings import Execution, GenerateOptions
-from flapcli.progress import Progress, Silent
+from flapcli.progress import Advance, Progress, Silent
 
 
 def generate(
@@ -35,7 +36,10 @@ def generate(
         ids = encode(tokenizer, prompt, options.chat)
         which.refuse_ids(ids.numpy())
         progress.note(f"{label}: {which.name}")
-        said[label] = continuation(load_model(which, runtime.dtype, runtime.device), tokenizer, ids, options)
+        progress.doing(f"loading {label}")
+        loaded = load_model(which, runtime.dtype, runtime.device)
+        with progress.task(label, options.max_new_tokens, "tokens") as advance:
+            said[label] = continuation(loaded, tokenizer, ids, options, advance)
         gc.collect()
     return said
 
@@ -63,7 +67,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch
 
 
 def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, how: GenerateOptions
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    how: GenerateOptions,
+    advance: Advance,
 ) -> str:
     """The text that follows the prompt `ids`, (1, length), without special tokens; the same for the same seed."""
     set_seed(how.seed)
@@ -76,6 +84,18 @@ def continuation(
     with torch.inference_mode():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=how.max_new_tokens, pad_token_id=padding,
+            stopping_criteria=StoppingCriteriaList([_Counts(advance)]),
             **(sampling if how.sample else {"do_sample": False}),
         )  # fmt: skip
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+class _Counts(StoppingCriteria):
+    """Stops nothing: asked after every token, it counts them."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        self.advance(1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]

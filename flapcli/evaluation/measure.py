@@ -8,7 +8,7 @@ from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.evaluation.perplexity import details, exp_mean, streamed_losses, window_losses
 from flapcli.execution.device import Runtime
-from flapcli.execution.loading import load_model, quiet_transformers
+from flapcli.execution.loading import layers_of, load_model, quiet_transformers
 from flapcli.execution.memory import Demand, give_back, should_stream
 from flapcli.execution.settings import EvalOptions
 from flapcli.progress import Progress
@@ -41,12 +41,14 @@ def measure_model(
         return
     quiet_transformers()
     tokenizer = checkpoint.load_tokenizer()
+    progress.doing(f"reading {', '.join(lacking) or 'tasks'}")
     windows = {text: evaluation_windows(text, tokenizer, options.seqlen, options.text_column) for text in lacking}
     for tokens in windows.values():
         checkpoint.refuse_ids(tokens)
     streamed = should_stream(checkpoint, runtime, Demand(options.seqlen, logits=True), stream, progress)
     if streamed and tasks:
         raise FlapError(f"{checkpoint.name}: tasks need the whole model in memory: leave out --tasks or --stream")
+    progress.doing(f"loading {label} ({checkpoint.name})")
     model = None if streamed else load_model(checkpoint, runtime.dtype, runtime.device)
     start = first_predicted(tokenizer)
     for text, tokens in windows.items():
@@ -54,7 +56,10 @@ def measure_model(
         if model is None:
             losses = streamed_losses(checkpoint, tokens, runtime, progress, name, start=start)
         else:
-            losses = window_losses(model, tokens, runtime.batch_size, progress, name, start=start)
+            losses = window_losses(
+                model, tokens, runtime.batch_size, progress, name, start, layers_of(model, checkpoint)
+            )
+        progress.doing(f"counting bytes of {text}")
         found.perplexity_details[text] = details(losses, tokens, tokenizer)
         found.perplexity[text] = exp_mean(losses, name)
     if tasks and model is not None:

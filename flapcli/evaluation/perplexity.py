@@ -1,6 +1,7 @@
 """Perplexity (METHOD.md, Perplexity): exp of the mean cross entropy over the predicted tokens of each window."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from flapcli.artifacts.eval_report import TextDetails
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
-from flapcli.execution.batches import STREAM, Batches
+from flapcli.execution.batches import STREAM, Batches, Within
 from flapcli.execution.device import Runtime
 from flapcli.execution.hidden_states import HiddenStates, ResidualStream
 from flapcli.execution.layerwise import Forward, LayerwiseModel
@@ -33,11 +34,12 @@ def window_losses(
     progress: Progress,
     description: str = "perplexity",
     start: int = 1,
+    layers: Sequence[torch.nn.Module] = (),
 ) -> NDArray[np.float64]:
     """Mean cross entropy of each of (n, seqlen) windows, (n,), in nats per predicted token: those from `start` on.
 
-    Every window is read on its own. Cross entropy in float32, summed in float64. Raises FlapError where it is
-    not finite.
+    `layers`, the model's, tell how far each batch is. Every window is read on its own. Cross entropy in float32,
+    summed in float64. Raises FlapError where it is not finite.
     """
     sums = np.empty(len(windows))
 
@@ -46,7 +48,8 @@ def window_losses(
         sums[part] = loss_sums(model(input_ids=ids, use_cache=False).logits, ids, start)
 
     batches = Batches(windows.shape[1], model.device, batch_size, progress, instead=STREAM)
-    with torch.inference_mode(), progress.task(description, windows.size, "tokens") as advance:
+    task = progress.task(description, windows.size, "tokens")
+    with torch.inference_mode(), task as whole, Within(layers, whole) as advance:
         batches.run(len(windows), step, advance)
     return mean_losses(sums, windows.shape[1] - start, description)
 

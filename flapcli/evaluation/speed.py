@@ -57,6 +57,7 @@ def measure_speed(
     model's gain.
     """
     device = runtime.device
+    progress.doing(f"loading {' and '.join(checkpoints)}")
     models = {label: load_model(checkpoint, runtime.dtype, device) for label, checkpoint in checkpoints.items()}
     vocabulary = min(model.config.vocab_size for model in models.values())
     draw = torch.Generator().manual_seed(0)

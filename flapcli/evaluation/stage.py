@@ -19,7 +19,7 @@ from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError, UsageError
 from flapcli.evaluation.task_names import check_names, task_files_sha256, task_manager
 from flapcli.execution.settings import EvalOptions, Execution, SpeedOptions
-from flapcli.progress import Progress, Silent
+from flapcli.progress import IMPORTING, Progress, Silent
 from flapcli.storage.atomic import require_writable
 from flapcli.texts.corpus import NAMED, check_source, default_text, may_hold_chats, source_sha256
 from flapcli.texts.mixture import SELF, Mixture
@@ -51,6 +51,7 @@ def evaluate(
     task's data can't be had, UnfinishedError (with the report) where a later part fails, or the report can't be saved.
     """
     check_options(options, execution)
+    progress.doing(f"opening {checkpoint_name}")
     found = EVAL.find(out)
     manager = known_tasks(options, found)
     checkpoint = open_measured(checkpoint_name, hub)
@@ -178,6 +179,7 @@ def _measure(
     progress: Progress,
 ) -> list[Speedup]:
     """Put into `measured` what each model's figures lack; returns the pruned one's gains in speed."""
+    progress.doing(IMPORTING)
     from flapcli.evaluation.measure import measure_model
     from flapcli.evaluation.speed import check_lengths
     from flapcli.execution.device import Runtime
@@ -213,6 +215,7 @@ def _add_speed(
     for label, measurement in measured.items():
         first = details[label].cases[0]
         measurement.speed_details = details[label]
+        progress.doing(f"memory of the {label} model")
         measurement.speed = {
             "prefill_tokens_per_second": first.prefill.median,
             "decode_tokens_per_second": first.decode.median,

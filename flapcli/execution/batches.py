@@ -1,6 +1,7 @@
 """Windows cut into batches, which shrink where memory runs out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 
@@ -61,6 +62,34 @@ class Batches:
         self.progress.note(f"out of memory on {self.device}: going on with batches of {self.size} windows")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class Within:
+    """An `Advance` of batches that moves within each too, as layer after layer is through: forward, one of `passes`.
+
+    A large model's batch takes minutes. What a batch that ran out of memory had told is made good by the next one.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module], advance: Advance, passes: int = 1) -> None:
+        self.advance, self.parts, self.ahead = advance, len(layers) * passes, 0
+        self._hooks = [layer.register_forward_hook(self._through) for layer in layers]
+
+    def __call__(self, tokens: int) -> None:
+        self.advance(tokens - self.ahead)
+        self.ahead = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _through(self, _layer: torch.nn.Module, _given: object, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        share = states.shape[:-1].numel() // self.parts
+        self.ahead += share
+        self.advance(share)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from flapcli.artifacts.stats import Stats, load_header, load_stats
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.settings import RIDGES, ApplyOptions, Execution
-from flapcli.progress import Progress, Silent
+from flapcli.progress import IMPORTING, Progress, Silent
 from flapcli.storage.atomic import atomic_folder, free_name
 from flapcli.storage.hashing import sha256
 
@@ -55,6 +55,7 @@ def apply(
     """
     options.check()
     plan = load_plan(plan_path)
+    progress.doing(f"opening {inputs.model or plan.model.name}")
     stats_path = inputs.stats or plan_path.parent / plan.stats.path
     hub = replace(inputs.hub, revision=inputs.hub.revision or plan.model.revision)
     checkpoint = open_checkpoint(inputs.model or plan.model.name, hub)
@@ -131,6 +132,7 @@ class _Work:
 
 
 def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progress: Progress) -> None:
+    progress.doing(IMPORTING)
     from flapcli.execution.loading import quiet_transformers
     from flapcli.pruning.companions import write_companions
     from flapcli.pruning.compensation import ClosedForm
@@ -152,6 +154,7 @@ def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progr
         with fit.stored(scratch, layout, closed_form, progress) if fit else nullcontext(closed_form) as compensation:
             report = write_tensors(scratch, layout, compensation, options.shard_size, progress)
         _say_of_ridge(report, progress)
+        progress.doing("writing configuration, tokenizer and card")
         write_companions(scratch, layout, made_by, report)
 
 

@@ -1,17 +1,13 @@
-"""The terminal: progress, notes, errors and JSON. Data goes to stdout, the rest to stderr."""
+"""The terminal: notes, errors and JSON. Data goes to stdout, the rest to stderr."""
 
 import codecs
 import io
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-
-from flapcli.progress import Advance
 
 # Names of models, files and texts are data, never markup.
 out = Console(markup=False, emoji=False)
@@ -50,30 +46,11 @@ def data(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-class Bars:
-    """A rich progress bar with rate and time left on a terminal; nothing elsewhere."""
-
-    def note(self, message: str) -> None:
-        note(message)
-
-    @contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        if not err.is_terminal:
-            yield lambda _done: None
-            return
-        from rich import progress
-
-        class Rate(progress.ProgressColumn):
-            def render(self, task: progress.Task) -> Text:
-                scale, name = (1e6, "MB") if unit == "bytes" else (1, unit)
-                return Text(f"{(task.speed or 0) / scale:,.0f} {name}/s")
-
-        columns = (
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.TaskProgressColumn(),
-            Rate(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
-        )  # fmt: skip
-        with progress.Progress(*columns, console=err, transient=True) as bars:
-            task = bars.add_task(description, total=total)
-            yield lambda done: bars.advance(task, done)
+def duration(seconds: float) -> str:
+    """As people say it: 8 s, 1 min 23 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -307,7 +307,7 @@ def test_an_interrupt_leaves_what_was_there(flap, run, tiny, text_file, stage, m
     else:
         monkeypatch.setattr("pathlib.Path.write_text", interrupt)
     before = contents(run)
-    refused(flap(stage, "-d", run, *options, code=1), "interrupted")
+    refused(flap(stage, "-d", run, *options, code=130), "interrupted; no half-done")
     monkeypatch.undo()
     assert contents(run) == before
 
@@ -326,8 +326,8 @@ def test_a_real_signal(tiny, text_file, tmp_path):
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 1
-    assert stderr.splitlines()[-1].startswith("error: interrupted; nothing half-done is left behind")
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1].startswith("error: interrupted; no half-done statistics are left, and run again")
     assert "Traceback" not in stderr
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.safetensors"))
 

@@ -106,7 +106,7 @@ def test_an_interrupted_sweep_goes_on(arguments, flap, tmp_path, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(device.torch, "from_numpy", interrupt)
-    assert "interrupted" in flap("sweep", *arguments, "-d", run, code=1).stderr
+    assert "interrupted" in flap("sweep", *arguments, "-d", run, code=130).stderr
     monkeypatch.undo()
     swept = json.loads((run / "sweep.json").read_text())
     assert swept["unfinished"] == "interrupted"

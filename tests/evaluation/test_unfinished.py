@@ -54,7 +54,7 @@ def test_a_later_part_fails(run, flap, texts, tmp_path, monkeypatch, place, name
     monkeypatch.setattr(peak_memory, "peak_memory", lambda *_: 1)  # which takes a process of its own
     command = ["eval", "-d", run, "-o", out, *texts, *SMALL, "--speed"]
     failing(monkeypatch, place, name, words.format(one=texts[1], two=texts[3]), error)
-    result = flap(*command, code=1)
+    result = flap(*command, code=130 if isinstance(error, KeyboardInterrupt) else 1)
     line = result.stderr.splitlines()[-1]
     assert f"what was measured until then is in {out}, and the next run goes on from there" in line
     assert (str(error) or "interrupted") in line

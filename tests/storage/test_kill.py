@@ -86,7 +86,7 @@ def test_another_calibrations_checkpoint_is_not_gone_on_with(deep, text_file, tm
 
     def interrupted(*more):
         monkeypatch.setattr(ForwardPass, "_layer", stop)
-        assert "interrupted" in calibrate(*more, code=1).stderr
+        assert "interrupted" in calibrate(*more, code=130).stderr
         monkeypatch.undo()
 
     interrupted()
