@@ -44,7 +44,7 @@ class UnitSize(Record):
     """Weights of one unit, and entries of the producing projections' biases that go with it.
 
     `shared` counts a layer's keys and values, weights and biases, where they go with the last of its query heads alone.
-    `groups` are those that are written where none stays (`ModelShape.written`), if more than one.
+    `groups` are the units that go at once, one of each, where they are not one.
     `whole`: the module's units stay or go together alone, and do not count as prunable.
     """
 
@@ -154,9 +154,8 @@ def build_plan(
         for i in range(shape.num_layers)
     ]
     shared: dict[Module, int | None] = {"attention": shape.shared_entries or None}
-    nothing = np.zeros(0, dtype=np.int64)
-    at_least = max(len(shape.written(i, "attention", nothing)) for i in range(shape.num_layers))
-    groups: dict[Module, int | None] = {"attention": at_least if at_least > 1 else None}
+    at_once = max(shape.groups(i, "attention") for i in range(shape.num_layers))
+    groups: dict[Module, int | None] = {"attention": at_once if at_once > 1 else None}
     per_unit = {
         m: UnitSize(
             weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared.get(m), groups=groups.get(m),
