@@ -45,6 +45,27 @@ class Nothing(nn.Module):
         return x[..., :0]
 
 
+class Emptied(nn.Module):
+    """What is left of attention whose heads are all pruned: its output projection's bias, or zero."""
+
+    def __init__(self, output: str, constant: Constant, layer: int, adds_residual: bool) -> None:
+        super().__init__()
+        self.output, self.layer, self.adds_residual = output, layer, adds_residual
+        self.add_module(output, constant)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = self.get_submodule(self.output)(hidden_states)
+        if self.adds_residual:
+            result = result + (args[0] if args else kwargs["residual"])
+        # A cache counts tokens by its layers' keys, so a layer without heads stores one empty channel. That of
+        # continuous batching counts by itself.
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, transformers.Cache):
+                keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+                cache.update(keys, keys, self.layer)
+        return result, None
+
+
 class NoExperts(nn.Module):
     """What is left of experts that are all pruned: nothing, whatever the router says."""
 
@@ -97,7 +118,7 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
     """Give one module of one layer its pruned sizes."""
     flap, is_attention = config.flap, description["kind"] == "attention"
     output = description["output"]
-    parent = output.rpartition(".")[0]
+    parent, _, leaf = output.rpartition(".")
     if description.get("experts") or not _has(layer, output):
         if _has(layer, parent) and description.get("experts"):
             _resize_experts(layer, index, description)
@@ -106,9 +127,13 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
     bias = dense.bias is not None or output in flap["biases"]
     rows = {name: _rows(flap, description, counted, index) for name, counted in description["producers"].items()}
     if not any(rows.values()):
+        constant = Constant(_width(dense), bias)
+        if is_attention:
+            layer.set_submodule(parent, Emptied(leaf, constant, index, description.get("adds_residual", False)))
+            return
         for name in rows:
             layer.set_submodule(name, Nothing())
-        layer.set_submodule(output, Constant(_width(dense), bias))
+        layer.set_submodule(output, constant)
         return
     for name, count in rows.items():
         old = layer.get_submodule(name)

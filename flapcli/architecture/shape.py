@@ -188,15 +188,6 @@ class ModelShape(Record):
             found["expert_size"] //= max(found["num_experts"], 1)
         return found
 
-    def written(self, layer: int, module: Module, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The units that files hold where these stay: of attention that keeps none the first that go at once, whose
-        output is cut off, since runtimes know no layer without heads.
-        """
-        if module != "attention" or len(units) or not (count := self.units(layer, module)):
-            return units
-        groups = self.groups(layer, module)
-        return np.arange(groups) * (count // groups)
-
     def kept_of_one(self, module: Module) -> dict[Size, int]:
         """How many of what go with one unit."""
         if module != "attention":

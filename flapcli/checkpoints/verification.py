@@ -90,7 +90,12 @@ def _required(checkpoint: Described, shape: ModelShape, expected: dict[str, tupl
     announced |= set(checkpoint.flap.biases if checkpoint.flap and checkpoint.flap.modules else [])
     for i in range(shape.num_layers):
         prefix = family.layer.format(i=i)
-        yield from (f"{prefix}.{part}.weight" for part in family.untouched_in_layer if f"{prefix}.{part}" not in there)
+        emptied = family.attention.output.rpartition(".")[0] if shape.units(i, "attention") == 0 else None
+        yield from (
+            f"{prefix}.{part}.weight"
+            for part in family.untouched_in_layer
+            if part.rpartition(".")[0] != emptied and f"{prefix}.{part}" not in there
+        )
         yield from (name for part in announced if (name := f"{prefix}.{part}.bias") in expected)
     yield from _weights_of_modules(checkpoint, shape)
 

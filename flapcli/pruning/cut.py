@@ -13,18 +13,13 @@ from flapcli.checkpoints import Checkpoint
 
 @dataclass(frozen=True)
 class ModuleCut:
-    """One module of one layer: which heads or neurons are written, and channels of its output projection, ascending.
-
-    The written ones are those that stay, but for attention that keeps none (`ModelShape.written`); `columns` of the
-    output projection are written, of which those of no kept channel are zeros.
-    """
+    """One module of one layer: which heads or neurons stay, and channels of its output projection, ascending."""
 
     layer: int
     module: Module
     stays: Kept
     kept: torch.Tensor
     pruned: torch.Tensor
-    columns: int
 
     @property
     def experts(self) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -37,15 +32,13 @@ class ModuleCut:
         ]
 
 
-def cut_of(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module, masked: bool = False) -> ModuleCut:
-    """What the plan keeps of a module, as channels of its output projection; `masked`: all columns are written."""
+def cut_of(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module) -> ModuleCut:
+    """What the plan keeps of a module, as channels of its output projection."""
     shape, units = checkpoint.shape, plan.kept(layer, module)
-    written = units if masked else shape.written(layer, module, units)
     is_kept = np.zeros((shape.units(layer, module), shape.channels_per_unit(module)), dtype=bool)
     is_kept[units] = True
     kept, pruned = (torch.from_numpy(np.flatnonzero(which)) for which in (is_kept, ~is_kept))
-    columns = is_kept.size if masked else len(written) * is_kept.shape[1]
-    return ModuleCut(layer, module, shape.kept(layer, module, written), kept, pruned, columns)
+    return ModuleCut(layer, module, shape.kept(layer, module, units), kept, pruned)
 
 
 def read_output(checkpoint: Checkpoint, cut: ModuleCut) -> tuple[torch.Tensor | None, torch.Tensor | None]:

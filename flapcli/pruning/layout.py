@@ -192,7 +192,7 @@ class _Steps:
         skipped: set[str] = set()
         for layer in self.layers.source_indices:
             for module in self.checkpoint.family.modules:
-                cut = cut_of(self.checkpoint, self.plan, layer, module, self.masked)
+                cut = cut_of(self.checkpoint, self.plan, layer, module)
                 special |= self._producers(cut) | self._output(cut)
                 skipped |= self._replaced(cut)
         for name, spec in self.checkpoint.tensors.items():
@@ -205,7 +205,7 @@ class _Steps:
     def _producers(self, cut: ModuleCut) -> dict[str, Step]:
         """Rows of the projections that produce the channels, and their biases' entries."""
         family, found = self.checkpoint.family, dict[str, Step]()
-        if cut.columns == 0:
+        if len(cut.kept) + len(cut.pruned) == 0 or (len(cut.kept) == 0 and not self.masked):
             return found
         prefix, producers = family.layer.format(i=cut.layer), family.module(cut.module).producers
         of_experts = family.module(cut.module).of_experts
@@ -284,7 +284,8 @@ class _Steps:
         weight = bias = None
         own_bias = self.checkpoint.tensors.get(bias_name)
         if source or not self.masked:  # also without columns, which stops loaders that know nothing of flap
-            shape = (cut.columns, hidden_size) if transposed and cut.columns else (hidden_size, cut.columns)
+            columns = len(cut.kept) + (len(cut.pruned) if self.masked else 0)
+            shape = (columns, hidden_size) if transposed and columns else (hidden_size, columns)
             weight = self._written(weight_name, shape, (source or own_bias or self).dtype)
         if self.adds_bias or own_bias:
             like = own_bias or source
@@ -294,13 +295,16 @@ class _Steps:
         return {weight_name if weight else bias_name: Output(weight, bias, cut, transposed)}
 
     def _replaced(self, cut: ModuleCut) -> set[str]:
-        """Tensors of a module that have steps of their own."""
+        """Tensors of a module that have steps of their own, or go with it as an emptied attention's norms do."""
         family = self.checkpoint.family
         prefix, description = family.layer.format(i=cut.layer), family.module(cut.module)
         parts = [description.output, *description.producers]
         found = {f"{prefix}.{name(part)}" for part in parts for name in (description.weight, description.bias)}
         if len(cut.kept) or not description.of_experts:  # the router of none goes on
             found |= {f"{prefix}.{name}" for name in description.unit_tensors}
+        if not self.masked and len(cut.kept) == 0 and cut.module == "attention":
+            inside = f"{prefix}.{description.output.rpartition('.')[0]}."
+            found |= {name for name in self.checkpoint.tensors if name.startswith(inside)}
         return found
 
     def _final_name(self, name: str) -> str | None:

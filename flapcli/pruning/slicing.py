@@ -106,8 +106,7 @@ def _output(step: Output, layout: Layout, compensation: Compensation, report: Fi
         if weight is None:
             columns = torch.zeros(step.weight.shape)
         axis = 0 if step.transposed else 1
-        is_whole = len(cut.kept) == cut.columns
-        made.append(columns if is_whole else scatter(columns, cut.kept, axis, step.weight.shape))
+        made.append(scatter(columns, cut.kept, axis, step.weight.shape) if layout.masked else columns)
     if step.bias:
         parts = (part for part in (own_bias, fit.bias) if part is not None)
         made.append(sum(parts, torch.zeros(step.bias.shape, dtype=torch.float64)))

