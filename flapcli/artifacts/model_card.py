@@ -69,7 +69,7 @@ def _hub_id(name: str) -> str | None:
 
 def _summary(plan: Plan, made_by: MadeBy) -> str:
     shown = _hub_id(made_by.model.name) or shared_name(made_by.model.name)
-    how = "zeroed in place, shapes unchanged" if made_by.mask_only else "cut out"
+    how = "zeroed in place" if made_by.mask_only else "cut out"
     what, source = "attention heads (or KV groups) and MLP neurons", "FLAP: An et al., AAAI 2024, arXiv 2312.11983"
     if plan.method == "depth":
         what, source = "decoder layers of least block influence", "ShortGPT: Men et al., 2024, arXiv 2403.03853"
