@@ -63,7 +63,7 @@ def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: A
     parent = output.rpartition(".")[0]
     if description.get("experts") or not _has(layer, output):
         if _has(layer, parent) and description.get("experts"):
-            _resize_experts(layer, index, description)
+            _resize_experts(layer, index, description, config)
         return
     dense = layer.get_submodule(output)
     bias = dense.bias is not None or output in flap["biases"]
@@ -103,8 +103,12 @@ def _cut(owner: nn.Module, name: str, sizes: dict[int, int]) -> None:
     setattr(owner, name, nn.Parameter(made) if isinstance(whole, nn.Parameter) else made)
 
 
-def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any]) -> None:
-    """Give all experts of a layer, whose tensors have an axis more, their sizes."""
+def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any], config: Any) -> None:
+    """Give all experts of a layer, whose tensors have an axis more, their sizes.
+
+    vLLM gives them those of the configuration, whatever is made here, and would fill up what pruned ones lack with
+    whatever the memory holds.
+    """
     path, _, output = description["output"].rpartition(".")
     count, inner, outer = description["experts"][index], 1, 2
     if not count:
@@ -113,6 +117,9 @@ def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any]) -
     if description.get("transposed"):
         inner, outer = outer, inner
     owner = layer.get_submodule(path)
+    dense, made = getattr(owner, output).shape, (count, description["channels"][index])
+    if made != (dense[0], dense[outer]) and config.get_text_config()._attn_implementation == "vllm":
+        raise ValueError("vLLM can't serve experts that are pruned unevenly: it sizes those of all layers alike")
     if description["channels"][index] % 8 and hasattr(owner, "config"):  # which grouped matrix products ask for
         owner.config._experts_implementation = "eager"  # type: ignore[union-attr]
     _cut(owner, output, {0: count, outer: description["channels"][index]})
