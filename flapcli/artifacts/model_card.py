@@ -118,7 +118,7 @@ def _figures(report: EvalReport) -> str:
 def _loading(remote_code: bool, family: Family, wrapped: bool) -> str:
     auto_class = AUTO_CLASS if wrapped else "AutoModelForCausalLM"
     option = ", trust_remote_code=True" if remote_code else ""
-    runtimes = "A stock checkpoint: no remote code, hence vLLM, TGI and SGLang load it as they load its base model."
+    runtimes = "A stock checkpoint of its base model's class: no remote code."
     if remote_code:
         runtimes = "`modeling_flap.py` in this folder gives each layer its own sizes; flap itself is not needed."
     if family.gguf.forms:
