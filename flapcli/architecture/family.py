@@ -43,9 +43,9 @@ class ModuleDescription(Record):
     what producers read where that is not the residual stream, as expressions. `attributes` of submodules
     must follow a layer's sizes, as expressions of them; one of a configuration that a submodule reads is named with
     `config`, such as `self_attn.config.num_attention_heads`. `head_arguments` are arguments of attention with an entry
-    for each head: their axis, on which batch and heads may lie together. `adds_residual`: attention adds the residual
-    stream by itself, which is its second argument. `stays_whole` says why its units stay or go together alone, such as
-    norms over all of them; None where each can go. `beside` are tensors that are whole where the module is.
+    for each head: their axis, on which batch and heads may lie together. `stays_whole` says why its units stay or go
+    together alone, such as norms over all of them; None where each can go. `beside` are tensors that are whole where
+    the module is.
 
     `of_experts`: tensors of an axis more, an expert each, (in, out) where `transposed`, of a submodule that
     transformers calls with tokens, the experts that each goes to and their weights. `files` are the names, `{e}` being
@@ -59,7 +59,6 @@ class ModuleDescription(Record):
     inputs: dict[str, str] = Field(default={})
     attributes: dict[str, str] = Field(default={})
     head_arguments: dict[str, int] = Field(default={})
-    adds_residual: bool = False
     stays_whole: str | None = None
     beside: list[str] = Field(default=[])
     transposed: bool = False

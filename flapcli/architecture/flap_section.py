@@ -67,7 +67,7 @@ class ModuleLayout(Record):
     `channels` is the producer that has the output's channels, or their number layer by layer. Layer by layer too, and
     left out where nothing changes: rows of `unit_tensors`, `attributes`, and under `kept_heads` which of the
     configuration's heads stay, by which `head_arguments` are cut (`architecture.family`). `experts` counts those of a
-    layer, whose tensors have an axis more, (in, out) where `transposed`.
+    layer, whose tensors have an axis more, (in, out) where `transposed`. `adds_residual` is of older versions.
     """
 
     kind: Module

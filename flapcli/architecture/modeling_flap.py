@@ -6,64 +6,11 @@ folder, such as FlapLlamaForCausalLM, is made from the transformers class of the
 """
 
 import functools
-import re
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-
-
-class Constant(nn.Module):
-    """An output projection without inputs: its bias, or zero. Called, so that offloading loads the bias in time.
-
-    Its weight has no columns. It is stored so that the dense model's own class can't take the folder, which would
-    put random weights in the place of what was pruned. Folders of older versions do without.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(self, size: int, bias: bool) -> None:
-        super().__init__()
-        self.size = size
-        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if bias else None)
-        self.register_buffer("weight", torch.zeros(size, 0))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}weight", self.weight)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[:-1]
-        return x.new_zeros(*rows, self.size) if self.bias is None else self.bias.expand(*rows, self.size).clone()
-
-
-class Nothing(nn.Module):
-    """A projection that produces no channels: the MLP's own code goes on with none."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[..., :0]
-
-
-class Emptied(nn.Module):
-    """What is left of attention whose heads are all pruned: its output projection's bias, or zero."""
-
-    def __init__(self, output: str, constant: Constant, layer: int, adds_residual: bool) -> None:
-        super().__init__()
-        self.output, self.layer, self.adds_residual = output, layer, adds_residual
-        self.add_module(output, constant)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = self.get_submodule(self.output)(hidden_states)
-        if self.adds_residual:
-            result = result + (args[0] if args else kwargs["residual"])
-        # A cache counts tokens by its layers' keys, so a layer without heads stores one empty channel. That of
-        # continuous batching counts by itself.
-        for cache in (*args, *kwargs.values()):
-            if isinstance(cache, transformers.Cache):
-                keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-                cache.update(keys, keys, self.layer)
-        return result, None
 
 
 class NoExperts(nn.Module):
@@ -99,8 +46,6 @@ class Padded:
 class PrunedMixin:
     """Rebuilds a dense model's projections in the per-layer sizes that config.flap says."""
 
-    _keys_to_ignore_on_load_missing: Any
-
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         place = config.flap.get("decoder_layers", "model.layers")
@@ -109,32 +54,20 @@ class PrunedMixin:
         for index, layer in enumerate(self.get_submodule(place)):  # type: ignore[attr-defined]
             for description in config.flap["modules"]:
                 _resize(layer, index, description, config)
-        named = self.named_modules()  # type: ignore[attr-defined]
-        marks = {re.escape(f"{name}.weight") for name, module in named if isinstance(module, Constant)}
-        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), *marks}
 
 
 def _resize(layer: nn.Module, index: int, description: dict[str, Any], config: Any) -> None:
     """Give one module of one layer its pruned sizes."""
     flap, is_attention = config.flap, description["kind"] == "attention"
     output = description["output"]
-    parent, _, leaf = output.rpartition(".")
+    parent = output.rpartition(".")[0]
     if description.get("experts") or not _has(layer, output):
         if _has(layer, parent) and description.get("experts"):
-            _resize_experts(layer, index, description)
+            _resize_experts(layer, index, description, config)
         return
     dense = layer.get_submodule(output)
     bias = dense.bias is not None or output in flap["biases"]
     rows = {name: _rows(flap, description, counted, index) for name, counted in description["producers"].items()}
-    if not any(rows.values()):
-        constant = Constant(_width(dense), bias)
-        if is_attention:
-            layer.set_submodule(parent, Emptied(leaf, constant, index, description.get("adds_residual", False)))
-            return
-        for name in rows:
-            layer.set_submodule(name, Nothing())
-        layer.set_submodule(output, constant)
-        return
     for name, count in rows.items():
         old = layer.get_submodule(name)
         layer.set_submodule(name, _projection(old, _columns(old), count, old.bias is not None))
@@ -170,8 +103,12 @@ def _cut(owner: nn.Module, name: str, sizes: dict[int, int]) -> None:
     setattr(owner, name, nn.Parameter(made) if isinstance(whole, nn.Parameter) else made)
 
 
-def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any]) -> None:
-    """Give all experts of a layer, whose tensors have an axis more, their sizes."""
+def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any], config: Any) -> None:
+    """Give all experts of a layer, whose tensors have an axis more, their sizes.
+
+    vLLM gives them those of the configuration, whatever is made here, and would fill up what pruned ones lack with
+    whatever the memory holds.
+    """
     path, _, output = description["output"].rpartition(".")
     count, inner, outer = description["experts"][index], 1, 2
     if not count:
@@ -180,6 +117,9 @@ def _resize_experts(layer: nn.Module, index: int, description: dict[str, Any]) -
     if description.get("transposed"):
         inner, outer = outer, inner
     owner = layer.get_submodule(path)
+    dense, made = getattr(owner, output).shape, (count, description["channels"][index])
+    if made != (dense[0], dense[outer]) and config.get_text_config()._attn_implementation == "vllm":
+        raise ValueError("vLLM can't serve experts that are pruned unevenly: it sizes those of all layers alike")
     if description["channels"][index] % 8 and hasattr(owner, "config"):  # which grouped matrix products ask for
         owner.config._experts_implementation = "eager"  # type: ignore[union-attr]
     _cut(owner, output, {0: count, outer: description["channels"][index]})

@@ -27,6 +27,7 @@ COUNTS: dict[Module, Size] = {  # what a module's channels are counted by
     "attention": "num_attention_heads", "mlp": "intermediate_size", "shared_expert": "shared_expert_size",
     "experts": "expert_size",
 }  # fmt: skip
+SPARE_NEURONS = 8  # written of an MLP that keeps none: torchao takes no single one, engines like rows of 16 bytes
 AttentionUnit = Literal["kv_group", "query_head"]
 
 
@@ -187,6 +188,17 @@ class ModelShape(Record):
         if module == "experts":
             found["expert_size"] //= max(found["num_experts"], 1)
         return found
+
+    def written(self, layer: int, module: Module, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The units that files hold where these stay: of a module that keeps none the first heads that go at once, or
+        neurons, whose output is cut off, since runtimes know no layer without any. Experts go all.
+        """
+        if module == "experts" or len(units) or not (count := self.units(layer, module)):
+            return units
+        if module != "attention":
+            return np.arange(min(count, SPARE_NEURONS))
+        groups = self.groups(layer, module)
+        return np.arange(groups) * (count // groups)
 
     def kept_of_one(self, module: Module) -> dict[Size, int]:
         """How many of what go with one unit."""

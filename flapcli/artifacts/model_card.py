@@ -70,7 +70,7 @@ def _hub_id(name: str) -> str | None:
 
 def _summary(plan: Plan, made_by: MadeBy) -> str:
     shown = _hub_id(made_by.model.name) or shared_name(made_by.model.name)
-    how = "zeroed in place, shapes unchanged" if made_by.mask_only else "cut out"
+    how = "zeroed in place" if made_by.mask_only else "cut out"
     what, source = "attention heads (or KV groups) and MLP neurons", "FLAP: An et al., AAAI 2024, arXiv 2312.11983"
     if plan.method == "depth":
         what, source = "decoder layers of least block influence", "ShortGPT: Men et al., 2024, arXiv 2403.03853"
@@ -120,7 +120,7 @@ def _figures(report: EvalReport) -> str:
 def _loading(remote_code: bool, family: Family, wrapped: bool) -> str:
     auto_class = AUTO_CLASS if wrapped else "AutoModelForCausalLM"
     option = ", trust_remote_code=True" if remote_code else ""
-    runtimes = "A stock checkpoint: no remote code, hence vLLM, TGI and SGLang load it as they load its base model."
+    runtimes = "A stock checkpoint of its base model's class: no remote code."
     if remote_code:
         runtimes = "`modeling_flap.py` in this folder gives each layer its own sizes; flap itself is not needed."
     if family.gguf.forms:

@@ -10,7 +10,16 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from flapcli.architecture.shape import EVERY_MODULE, MODULES, AttentionUnit, LayerShape, ModelShape, Module, PerModule
+from flapcli.architecture.shape import (
+    EVERY_MODULE,
+    MODULES,
+    SPARE_NEURONS,
+    AttentionUnit,
+    LayerShape,
+    ModelShape,
+    Module,
+    PerModule,
+)
 from flapcli.artifacts.target import Target
 from flapcli.errors import FlapError, problems
 from flapcli.storage.atomic import atomic_file
@@ -44,19 +53,23 @@ class UnitSize(Record):
     """Weights of one unit, and entries of the producing projections' biases that go with it.
 
     `shared` counts a layer's keys and values, weights and biases, where they go with the last of its query heads alone.
+    `groups` are the units that go at once, one of each, where they are not one.
     `whole`: the module's units stay or go together alone, and do not count as prunable.
     """
 
     weights: Count
     biases: Count
     shared: Count | None = None
+    groups: Count | None = None
     whole: Literal[True] | None = None
 
 
 class Parameters(Record):
     """Weights that could go, that stay, and the whole model's parameters before and after.
 
-    `model_after` is before compensation adds biases. `per_unit` is what the others are recomputed from.
+    `model_after` is before compensation adds biases, with what is written of a module that keeps nothing
+    (`ModelShape.written`) in a layer that keeps something; other layers count as gone. `per_unit` is what the others
+    are recomputed from.
     """
 
     prunable: Count
@@ -150,9 +163,11 @@ def build_plan(
         for i in range(shape.num_layers)
     ]
     shared: dict[Module, int | None] = {"attention": shape.shared_entries or None}
+    at_once = max(shape.groups(i, "attention") for i in range(shape.num_layers))
+    groups: dict[Module, int | None] = {"attention": at_once if at_once > 1 else None}
     per_unit = {
         m: UnitSize(
-            weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared.get(m),
+            weights=shape.unit_parameters(m), biases=shape.unit_biases[m], shared=shared.get(m), groups=groups.get(m),
             whole=None if m in shape.prunable else True,
         )
         for m in shape.modules
@@ -168,7 +183,14 @@ def _totals(layers: list[LayerPlan], model: int, per_unit: dict[Module, UnitSize
     can_go = [m for m in per_unit if not per_unit[m].whole]
     prunable, kept = (sum(counts[m] * per_unit[m].weights for m in can_go) for counts in (of, stay))
     after = model - sum((of[m] - stay[m]) * (per_unit[m].weights + per_unit[m].biases) for m in per_unit)
-    after -= sum((per_unit[m].shared or 0) for m in per_unit for layer in layers if layer.module(m).is_emptied)
+    for layer in layers:
+        goes = not any(layer.module(m).keep.strip() for m in per_unit)
+        for m, unit in per_unit.items():
+            if goes:
+                after -= unit.shared or 0
+            elif m != "experts" and layer.module(m).is_emptied:
+                spare = (unit.groups or 1) if m == "attention" else min(layer.module(m).of, SPARE_NEURONS)
+                after += spare * (unit.weights + unit.biases)
     achieved = round((prunable - kept) / prunable, 6) if prunable else 0.0
     return {
         "parameters": Parameters(prunable=prunable, kept=kept, model=model, model_after=after, per_unit=per_unit),
@@ -317,10 +339,11 @@ def _unlike(plan: Plan, shape: ModelShape, layer: int) -> str | None:
 
 
 def pruned_layers(plan: Plan, shape: ModelShape) -> tuple[LayerShape, ...]:
-    """Sizes of every layer once the plan is applied."""
+    """Sizes of every layer, as it is written, once the plan is applied."""
 
     def after(layer: int) -> LayerShape:
-        kept = [shape.sizes_of(layer, module, plan.kept(layer, module)) for module in shape.modules]
+        stays = ((module, shape.written(layer, module, plan.kept(layer, module))) for module in shape.modules)
+        kept = [shape.sizes_of(layer, module, units) for module, units in stays]
         return LayerShape(**{size: count for found in kept for size, count in found.items()})
 
     return tuple(after(layer) for layer in range(shape.num_layers))

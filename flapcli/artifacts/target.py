@@ -1,9 +1,12 @@
 """A target of parameters or bytes in the place of a ratio, as a plan records it. No torch."""
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flapcli.architecture.family import families
 from flapcli.architecture.shape import MODULES, ModelShape, Module
@@ -11,7 +14,7 @@ from flapcli.errors import FlapError
 from flapcli.storage.dtypes import CODES, ITEM_SIZE, StoredDtype
 from flapcli.storage.safetensors_file import TensorSpec
 
-Kept = Mapping[tuple[int, Module], Sized]
+Kept = Mapping[tuple[int, Module], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,22 @@ class Target:
 
         Exact for weights of one type. Never too few: where projections are stored in several types, removed
         parameters count as the narrowest and added biases as the widest; the zeros that a stock folder brings
-        count even where transformers refuses its sizes, and norms of an emptied module count as if they stayed.
+        count even where transformers refuses its sizes, and norms of a dropped layer count as if they stayed.
         """
+        kept = self._written(shape, kept)
         removed = sum(
             (shape.units(*key) - len(units)) * (shape.unit_parameters(key[1]) + shape.unit_biases[key[1]])
             for key, units in kept.items()
         )
         removed += shape.shared_entries * sum(key[1] == "attention" and not len(units) for key, units in kept.items())
         return self._measure(shape, removed, _added(shape, kept, self.biases))
+
+    def _written(self, shape: ModelShape, kept: Kept) -> Kept:
+        """The units that files hold: a layer that keeps none is not written unless biases or norms of it act."""
+        biased = shape.weights is not None and any(shape.weights.output_biases.values())
+        acts = self.biases or biased or families()[shape.family].norms_stream
+        there = {layer for (layer, _), units in kept.items() if acts or len(units)}
+        return {(i, m): shape.written(i, m, units) if i in there else units for (i, m), units in kept.items()}
 
     def dense(self, shape: ModelShape) -> int:
         """Parameters, or bytes, before pruning."""

@@ -139,10 +139,10 @@ class Described(ABC):
 
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
-        """The tensors that count: without a tied head's copy, what no runtime reads, and an emptied module's mark."""
+        """The tensors that count: without a tied head's copy and what no runtime reads."""
         tied = f"{self.family.head}.weight" if self.tied else None
         dropped = tuple(f".{suffix}" for suffix in self.family.ignored_suffixes)
-        counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped) and 0 not in s.shape}
+        counted = {n: s for n, s in self.stored.items() if n != tied and not n.endswith(dropped)}
         if not counted:
             raise FlapError(f"{self.name} holds no tensors of a model: give the folder that save_pretrained writes")
         for name, spec in counted.items():

@@ -58,6 +58,12 @@ def refuse_untied(checkpoint: Described) -> None:
 
 def _misfits(checkpoint: Described, shape: ModelShape) -> Iterator[str]:
     """What is missing, unknown, or of a shape that the configuration does not say."""
+    yield from (
+        f"layer {i} has no {shape.unit(m)} of its {m}, as older versions of flap wrote it: prune the model anew"
+        for i in range(shape.num_layers)
+        for m in checkpoint.family.modules
+        if m != "experts" and not shape.units(i, m) and not checkpoint.lacks(i, m)
+    )
     expected = expected_shapes(checkpoint, shape)
     yield from (
         f"tensor {name} is missing" for name in _required(checkpoint, shape, expected) if name not in checkpoint.tensors
@@ -90,12 +96,7 @@ def _required(checkpoint: Described, shape: ModelShape, expected: dict[str, tupl
     announced |= set(checkpoint.flap.biases if checkpoint.flap and checkpoint.flap.modules else [])
     for i in range(shape.num_layers):
         prefix = family.layer.format(i=i)
-        emptied = family.attention.output.rpartition(".")[0] if shape.units(i, "attention") == 0 else None
-        yield from (
-            f"{prefix}.{part}.weight"
-            for part in family.untouched_in_layer
-            if part.rpartition(".")[0] != emptied and f"{prefix}.{part}" not in there
-        )
+        yield from (f"{prefix}.{part}.weight" for part in family.untouched_in_layer if f"{prefix}.{part}" not in there)
         yield from (name for part in announced if (name := f"{prefix}.{part}.bias") in expected)
     yield from _weights_of_modules(checkpoint, shape)
 

@@ -175,7 +175,9 @@ class CompensationGroup:
         help="Largest weight file, such as 5GB or 500MB.")] = s.ApplyOptions.max_shard_size
 
 
-MaskOnly = Annotated[bool, _in_apply("--mask-only", help="Zeros in place, shapes unchanged.")]
+MaskOnly = Annotated[bool, _in_apply(
+    "--mask-only", help="Zeros in place, shapes unchanged, but for one module where the family has no place for added "
+    "biases.")]
 Keep = Annotated[bool, _in_apply(
     "--keep/--no-keep", help="Keep every pruned folder; otherwise each goes once it is measured.")]
 StoreDtypeOfRun = Annotated[StoredDtype | None, _in_apply(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from flapcli.architecture.gguf_form import SIZES, USUAL, GgufForm
 from flapcli.architecture.rope import rope_divisors, rope_of, rotated
-from flapcli.architecture.shape import MODULES, OWN_SIZES, LayerShape, Module
+from flapcli.architecture.shape import MODULES, OWN_SIZES
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.gguf_layout import GgufLayout, Piece
 from flapcli.errors import FlapError
@@ -33,7 +33,6 @@ OUTTYPES = {
     "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16), "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }  # fmt: skip
 
-ONE_UNIT = LayerShape(1, 1, 1)
 WRITTEN = {*USUAL, *SIZES.values(), "rope.dimension_count"}  # not as config.json has them
 KINDS = {"attention.sliding_window": Value.UINT32}
 
@@ -97,10 +96,6 @@ def entries(checkpoint: Checkpoint, form: GgufForm, outtype: str) -> list[Entry]
             if theirs is None or suffix not in ("weight", "bias"):
                 raise FlapError(f"{checkpoint.name}: llama.cpp's {form.architecture} has no place for tensor {name}")
             made.append(_entry(f"{theirs}.{suffix}", outtype, Source(layout, part, pieces, suffix)))
-    for layer in range(shape.num_layers):
-        for module in MODULES:
-            if shape.units(layer, module) == 0:
-                made += _zero_unit(layout, layer, module, outtype)
     divisors = rope_divisors(_rope(checkpoint), shape.head_dim) if form.rope_factors else None
     if divisors is not None:
         factors = torch.from_numpy(divisors)
@@ -155,37 +150,13 @@ class Source:
 
 
 def _entry(name: str, outtype: str, make: Source) -> Entry:
-    """A tensor made of ours; norms of every head by itself stay F32 as vectors do."""
-    return _stored(name, make.shape, "f32" if "norm" in name else outtype, make)
-
-
-def _stored(name: str, shape: tuple[int, ...], outtype: str, make: Callable[[], torch.Tensor]) -> Entry:
-    """Vectors stay F32, as llama.cpp has them; rows that Q8_0's blocks do not divide become F16."""
-    kind = OUTTYPES[outtype][0] if len(shape) > 1 else Kind.F32
-    if shape[-1] % GGML_QUANT_SIZES[kind][0]:
-        kind = Kind.F16
-    return Entry(name, shape, kind, make)
-
-
-def _zero_unit(layout: GgufLayout, layer: int, module: Module, outtype: str) -> list[Entry]:
-    """One head or neuron of zeros for a module that pruning emptied, and zeros for the norms within it.
-
-    llama.cpp's deci skips a module that has no units together with its bias, and with the MLP even the
-    attention before it (`continue` in its layer loop); a unit of zeros adds exactly the bias and nothing else.
+    """A tensor made of ours. Vectors stay F32, as llama.cpp has them, and norms of every head by itself; rows that
+    Q8_0's blocks do not divide become F16.
     """
-    checkpoint, family, hidden = layout.checkpoint, layout.family, layout.checkpoint.shape.hidden_size
-    rows, output = checkpoint.rows(module), family.module(module).output
-    shapes: dict[str, tuple[int, ...]] = {output: (hidden, 1 if module == "mlp" else checkpoint.shape.head_dim)}
-    for part in layout.parts(module):
-        pieces = layout.pieces(module, part, ONE_UNIT) if part != output else []
-        count = sum(rows[p.source].count(ONE_UNIT) if p.rows is None else len(p.rows) for p in pieces)
-        shapes.setdefault(part, (count, hidden))
-    inside, prefix = f"{output.rpartition('.')[0]}.", family.layer.format(i=layer)
-    shapes |= {part: (checkpoint.shape.head_dim,) for part in family.untouched_in_layer if part.startswith(inside)}
-    return [
-        _stored(f"{layout.names[f'{prefix}.{part}']}.weight", size, outtype, lambda size=size: torch.zeros(size))  # type: ignore[misc]
-        for part, size in shapes.items()
-    ]
+    kind = OUTTYPES[outtype][0] if len(make.shape) > 1 and "norm" not in name else Kind.F32
+    if make.shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        kind = Kind.F16
+    return Entry(name, make.shape, kind, make)
 
 
 def write(
@@ -222,9 +193,9 @@ def write(
 
 
 def _add_parameters(writer: GGUFWriter, checkpoint: Checkpoint, form: GgufForm, outtype: str) -> None:
-    """The model's sizes, an emptied module's as the one unit of zeros that stands for it, and settings of the form."""
+    """The model's sizes, and settings of the form."""
     shape, setting = checkpoint.shape, checkpoint.setting
-    layers = [LayerShape(*map(max, layer, ONE_UNIT)) for layer in shape.layers]
+    layers = shape.layers
     heads, groups, widths = ([layer[i] for layer in layers] if form.per_layer else layers[0][i] for i in range(3))
     writer.add_name(f"{Path(checkpoint.name).name} pruned by flap")
     writer.add_file_type(OUTTYPES[outtype][1])

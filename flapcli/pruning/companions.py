@@ -17,6 +17,7 @@ from flapcli.artifacts.model_card import model_card
 from flapcli.artifacts.plan import save_plan
 from flapcli.artifacts.pruned_folder import file_sizes
 from flapcli.checkpoints import Checkpoint
+from flapcli.pruning.cut import cut_of
 from flapcli.pruning.layout import Layout
 from flapcli.pruning.per_layer import per_layer_fields
 from flapcli.pruning.slicing import FitReport
@@ -116,7 +117,6 @@ def module_layout(layout: Layout, module: Module) -> ModuleLayout:
         transposed=description.transposed or None,
         head_arguments=description.head_arguments if has_arguments else None,
         kept_heads=_kept_heads(layout) if has_arguments else None,
-        adds_residual=description.adds_residual or None,
     )
 
 
@@ -143,13 +143,14 @@ def _dense(checkpoint: Checkpoint) -> LayerShape:
 
 def _kept_heads(layout: Layout) -> list[list[int]]:
     """Which of the configuration's heads every written layer keeps, through all rounds of pruning."""
-    plan, flap, shape = layout.plan, layout.checkpoint.flap, layout.checkpoint.shape
+    flap, shape = layout.checkpoint.flap, layout.checkpoint.shape
     before = next((m.kept_heads for m in (flap.modules if flap else None) or [] if m.kept_heads), None)
     found = []
     for layer in layout.layers.source_indices:
         own = before[layer] if before else list(range(shape.layers[layer].num_attention_heads))
-        stays = shape.kept(layer, "attention", plan.kept(layer, "attention"))["num_attention_heads"]
-        found.append([head for head, kept in zip(own, stays, strict=True) if kept or layout.masked])
+        written = cut_of(layout.checkpoint, layout.plan, layer, "attention").stays["num_attention_heads"]
+        masked = layout.masks(layer, "attention")
+        found.append([head for head, stays in zip(own, written, strict=True) if stays or masked])
     return found
 
 

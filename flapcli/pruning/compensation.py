@@ -157,8 +157,8 @@ def refit_on_means(
 class Compensation(Protocol):
     """What says of every output projection how its kept columns shall be."""
 
-    def fit(self, weight: torch.Tensor | None, cut: ModuleCut) -> Fit:
-        """For a projection's weight (out, channels) as stored; None of one that has no channels."""
+    def fit(self, weight: torch.Tensor, cut: ModuleCut) -> Fit:
+        """For a projection's weight (out, channels) as stored."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,7 @@ class ClosedForm:
         """Whether biases are added to output projections."""
         return adds_bias(self.kind, self.lstsq_bias)
 
-    def fit(self, weight: torch.Tensor | None, cut: ModuleCut) -> Fit:
-        if weight is None:
-            return Fit(torch.zeros(0, 0), None)
+    def fit(self, weight: torch.Tensor, cut: ModuleCut) -> Fit:
         if self.kind == "none" or self.stats is None:
             return Fit(weight[:, cut.kept], None)
         if cut.module == "experts":

@@ -9,17 +9,28 @@ from flapcli.architecture.rows import Kept
 from flapcli.architecture.shape import Module
 from flapcli.artifacts.plan import Plan
 from flapcli.checkpoints import Checkpoint
+from flapcli.pruning.stock_form import gains_bias
 
 
 @dataclass(frozen=True)
 class ModuleCut:
-    """One module of one layer: which heads or neurons stay, and channels of its output projection, ascending."""
+    """One module of one layer: which heads or neurons are written, and channels of its output projection, ascending.
+
+    The written ones are those that stay, but for a module that keeps none (`ModelShape.written`); `columns` of the
+    output projection are written, of which those of no kept channel are zeros.
+    """
 
     layer: int
     module: Module
     stays: Kept
     kept: torch.Tensor
     pruned: torch.Tensor
+    columns: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that the module has is written, pruned or not."""
+        return self.columns == len(self.kept) + len(self.pruned)
 
     @property
     def experts(self) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -32,20 +43,39 @@ class ModuleCut:
         ]
 
 
-def cut_of(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module) -> ModuleCut:
-    """What the plan keeps of a module, as channels of its output projection."""
+def cut_of(checkpoint: Checkpoint, plan: Plan, layer: int, module: Module, masked: bool = False) -> ModuleCut:
+    """What the plan keeps of a module, as channels of its output projection; `masked`: all columns are written."""
     shape, units = checkpoint.shape, plan.kept(layer, module)
+    written = units if masked else shape.written(layer, module, units)
     is_kept = np.zeros((shape.units(layer, module), shape.channels_per_unit(module)), dtype=bool)
     is_kept[units] = True
     kept, pruned = (torch.from_numpy(np.flatnonzero(which)) for which in (is_kept, ~is_kept))
-    return ModuleCut(layer, module, shape.kept(layer, module, units), kept, pruned)
+    columns = is_kept.size if masked else len(written) * is_kept.shape[1]
+    return ModuleCut(layer, module, shape.kept(layer, module, written), kept, pruned, columns)
 
 
-def read_output(checkpoint: Checkpoint, cut: ModuleCut) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def sliced_though_masked(checkpoint: Checkpoint, plan: Plan, adds_bias: bool) -> tuple[int, Module] | None:
+    """A module whose shape stops loaders that have no place for added biases, and would leave them out unsaid."""
+    modules: list[Module] = ["mlp", "shared_expert", "attention"]
+    shape = checkpoint.shape
+    if not any(gains_bias(checkpoint, module, adds_bias) for module in modules if module in plan.modules):
+        return None
+    return next(
+        (
+            (layer, module)
+            for module in modules
+            for layer in range(shape.num_layers)
+            if module in plan.modules
+            and len(shape.written(layer, module, plan.kept(layer, module))) < shape.units(layer, module)
+        ),
+        None,
+    )
+
+
+def read_output(checkpoint: Checkpoint, cut: ModuleCut) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight (out, channels) and bias (out,) of the module's output projection; None where it has none."""
     prefix = checkpoint.family.output(cut.layer, cut.module)
-    is_there = checkpoint.family.output_weight(cut.layer, cut.module) in checkpoint.tensors
-    weight = checkpoint.read_output(cut.layer, cut.module) if is_there else None
+    weight = checkpoint.read_output(cut.layer, cut.module)
     return weight, checkpoint.read(f"{prefix}.bias") if f"{prefix}.bias" in checkpoint.tensors else None
 
 

@@ -17,7 +17,7 @@ from flapcli.artifacts.plan import Plan, pruned_layers
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.settings import ApplyOptions
-from flapcli.pruning.cut import ModuleCut, cut_of
+from flapcli.pruning.cut import ModuleCut, cut_of, sliced_though_masked
 from flapcli.pruning.kept_layers import KeptLayers, kept_layers_of
 from flapcli.pruning.stock_form import StockForm, stock_form_of
 from flapcli.storage.dtypes import CODES, SLICED
@@ -64,11 +64,11 @@ class ExpertRows:
 class Output:
     """The columns of an output projection that are kept, and its bias: made together, since a fit decides both.
 
-    None where the pruned checkpoint has no such tensor. `transposed`: the weight is written (channels, out). `files` as
+    None where the pruned checkpoint has none. `transposed`: the weight is written (channels, out). `files` as
     in `ExpertRows`.
     """
 
-    weight: TensorSpec | None
+    weight: TensorSpec
     bias: TensorSpec | None
     cut: ModuleCut
     transposed: bool
@@ -98,13 +98,14 @@ def specs_of(step: Step) -> list[TensorSpec]:
 class Layout:
     """The decisions. `sizes` are those of the written layers; `dtype` the code of what matrices are written in.
 
-    `masked`: zeros in place and shapes unchanged, so that steps keep the source's shapes. `stock` None: the folder
-    needs modeling_flap.py, for the reason `why`.
+    `masked`: zeros in place and shapes unchanged, so that steps keep the source's shapes, but for the module `sliced`.
+    `stock` None: the folder needs modeling_flap.py, for the reason `why`.
     """
 
     checkpoint: Checkpoint
     plan: Plan
     masked: bool
+    sliced: tuple[int, Module] | None
     adds_bias: bool
     layers: KeptLayers
     sizes: tuple[LayerShape, ...]
@@ -112,6 +113,10 @@ class Layout:
     stock: StockForm | None
     why: str
     steps: tuple[Step, ...]
+
+    def masks(self, layer: int, module: Module) -> bool:
+        """Whether what a module of the source loses is zeros in place."""
+        return self.masked and (layer, module) != self.sliced
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -146,11 +151,16 @@ def layout_of(checkpoint: Checkpoint, plan: Plan, options: ApplyOptions, adds_bi
     stock, why = None, ""
     if options.remote_code == "auto":
         stock, why = stock_form_of(checkpoint, sizes, layers, adds_bias)
-    steps = _Steps(checkpoint, plan, masked, adds_bias, layers, asked, dtype, stock is not None)
+    sliced = sliced_though_masked(checkpoint, plan, adds_bias) if masked and not stock else None
+    if sliced:
+        cut = checkpoint.shape.written(*sliced, plan.kept(*sliced))
+        own = sizes[sliced[0]]._replace(**checkpoint.shape.sizes_of(*sliced, cut))
+        sizes = (*sizes[: sliced[0]], own, *sizes[sliced[0] + 1 :])
+    steps = _Steps(checkpoint, plan, masked, sliced, adds_bias, layers, asked, dtype, stock is not None)
     biases = stock.zero_biases if stock else {}
     zeros = (Zeros(TensorSpec(steps.name_in_files(name), shape, dtype)) for name, shape in biases.items())
     in_order = (*steps.in_order(), *zeros, *steps.carried())
-    return Layout(checkpoint, plan, masked, adds_bias, layers, sizes, dtype, stock, why, in_order)
+    return Layout(checkpoint, plan, masked, sliced, adds_bias, layers, sizes, dtype, stock, why, in_order)
 
 
 def _refuse_dtypes(checkpoint: Checkpoint) -> None:
@@ -175,11 +185,13 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Makes the list of steps; `asked` is the code of --dtype, None where every tensor keeps its own."""
+    """Makes the list of steps; `asked` is the code of --dtype, None where every tensor keeps its own; `sliced` is the
+    module that is cut though others are masked."""
 
     checkpoint: Checkpoint
     plan: Plan
     masked: bool
+    sliced: tuple[int, Module] | None
     adds_bias: bool
     layers: KeptLayers
     asked: str | None
@@ -192,7 +204,8 @@ class _Steps:
         skipped: set[str] = set()
         for layer in self.layers.source_indices:
             for module in self.checkpoint.family.modules:
-                cut = cut_of(self.checkpoint, self.plan, layer, module)
+                masked = self.masked and (layer, module) != self.sliced
+                cut = cut_of(self.checkpoint, self.plan, layer, module, masked)
                 special |= self._producers(cut) | self._output(cut)
                 skipped |= self._replaced(cut)
         for name, spec in self.checkpoint.tensors.items():
@@ -205,7 +218,7 @@ class _Steps:
     def _producers(self, cut: ModuleCut) -> dict[str, Step]:
         """Rows of the projections that produce the channels, and their biases' entries."""
         family, found = self.checkpoint.family, dict[str, Step]()
-        if len(cut.kept) + len(cut.pruned) == 0 or (len(cut.kept) == 0 and not self.masked):
+        if cut.columns == 0:
             return found
         prefix, producers = family.layer.format(i=cut.layer), family.module(cut.module).producers
         of_experts = family.module(cut.module).of_experts
@@ -218,7 +231,7 @@ class _Steps:
                 if spec := self.checkpoint.tensors.get(f"{prefix}.{name}"):
                     axis = len(spec.shape) - 1 if family.transposed and local in producers else 0
                     after = list(spec.shape)
-                    after[axis] = spec.shape[axis] if self.masked else len(rows)
+                    after[axis] = spec.shape[axis] if cut.is_whole else len(rows)
                     found[spec.name] = Rows(self._written(spec.name, tuple(after), spec.dtype), spec.name, rows, axis)
         return found
 
@@ -272,39 +285,28 @@ class _Steps:
         return found
 
     def _output(self, cut: ModuleCut) -> dict[str, Step]:
-        """The output projection and its bias, under the name of the first of them that is written."""
+        """The output projection and its bias."""
         if self.checkpoint.lacks(cut.layer, cut.module):
             return {}
         if self.checkpoint.family.module(cut.module).of_experts:
             return self._output_of_experts(cut)
         prefix = self.checkpoint.family.output(cut.layer, cut.module)
         weight_name, bias_name = f"{prefix}.weight", f"{prefix}.bias"
-        source, hidden_size = self.checkpoint.tensors.get(weight_name), self.checkpoint.shape.hidden_size
-        transposed = self.checkpoint.family.transposed
-        weight = bias = None
-        own_bias = self.checkpoint.tensors.get(bias_name)
-        if source or not self.masked:  # also without columns, which stops loaders that know nothing of flap
-            columns = len(cut.kept) + (len(cut.pruned) if self.masked else 0)
-            shape = (columns, hidden_size) if transposed and columns else (hidden_size, columns)
-            weight = self._written(weight_name, shape, (source or own_bias or self).dtype)
+        source, hidden_size = self.checkpoint.tensors[weight_name], self.checkpoint.shape.hidden_size
+        transposed, own_bias = self.checkpoint.family.transposed, self.checkpoint.tensors.get(bias_name)
+        shape, bias = (hidden_size, cut.columns)[:: -1 if transposed else 1], None
         if self.adds_bias or own_bias:
-            like = own_bias or source
-            bias = self._written(bias_name, (hidden_size,), like.dtype if like else self.dtype)
-        if weight is None and bias is None:
-            return {}
-        return {weight_name if weight else bias_name: Output(weight, bias, cut, transposed)}
+            bias = self._written(bias_name, (hidden_size,), (own_bias or source).dtype)
+        return {weight_name: Output(self._written(weight_name, shape, source.dtype), bias, cut, transposed)}
 
     def _replaced(self, cut: ModuleCut) -> set[str]:
-        """Tensors of a module that have steps of their own, or go with it as an emptied attention's norms do."""
+        """Tensors of a module that have steps of their own."""
         family = self.checkpoint.family
         prefix, description = family.layer.format(i=cut.layer), family.module(cut.module)
         parts = [description.output, *description.producers]
         found = {f"{prefix}.{name(part)}" for part in parts for name in (description.weight, description.bias)}
         if len(cut.kept) or not description.of_experts:  # the router of none goes on
             found |= {f"{prefix}.{name}" for name in description.unit_tensors}
-        if not self.masked and len(cut.kept) == 0 and cut.module == "attention":
-            inside = f"{prefix}.{description.output.rpartition('.')[0]}."
-            found |= {name for name in self.checkpoint.tensors if name.startswith(inside)}
         return found
 
     def _final_name(self, name: str) -> str | None:

@@ -80,8 +80,8 @@ class SequentialFit:
 
 def _fits_bytes(layout: Layout) -> int:
     """Bytes of all fits' weights as they are written, without what is masked."""
-    outputs = [step for step in layout.steps if isinstance(step, Output) and step.weight]
-    return sum(o.weight.shape[0] * len(o.cut.kept) * torch_dtype(o.weight.dtype).itemsize for o in outputs if o.weight)
+    outputs = [step for step in layout.steps if isinstance(step, Output)]
+    return sum(o.weight.shape[0] * len(o.cut.kept) * torch_dtype(o.weight.dtype).itemsize for o in outputs)
 
 
 class _ProjectionReachedError(Exception):

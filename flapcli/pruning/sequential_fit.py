@@ -25,7 +25,7 @@ class StoredFits:
         save_file(tensors, path)
         self._told[path] = (fit.before, fit.after, fit.raised)
 
-    def fit(self, _weight: torch.Tensor | None, cut: ModuleCut) -> Fit:
+    def fit(self, _weight: torch.Tensor, cut: ModuleCut) -> Fit:
         path = self._path(cut)
         found = load_file(path)
         return Fit(found["weight"], found.get("bias"), *self._told[path])
@@ -46,7 +46,7 @@ class ProjectionFit:
         self.cut, self.closed_form, self.ridge = cut, closed_form, ridge
         self.weight, self.bias = read_output(checkpoint, cut)
         channels, outputs = len(cut.kept), checkpoint.shape.hidden_size
-        start = torch.zeros(outputs, 0) if self.weight is None else closed_form.fit(self.weight, cut).weight
+        start = closed_form.fit(self.weight, cut).weight
         own = torch.zeros(outputs) if self.bias is None else self.bias
         self.start, self._kept = start.double(), cut.kept.to(device)
         self._start, self._bias = start.to(device, torch.float32), own.to(device, torch.float32)
@@ -80,18 +80,15 @@ class ProjectionFit:
             )
         moved, gain, raised = refit_on_means(self.start, means, self.ridge, self.closed_form.adds_bias)
         cut = self.cut
-        if self.weight is None:
-            return Fit(moved, gain, raised=raised)
         mean, gram = self.closed_form.mean(cut), self.closed_form.gram(cut)
         errors = output_error_shares(self.weight, cut.kept, cut.pruned, mean, gram, moved, gain)
         return Fit(moved, gain, *errors, raised)
 
     def install(self, projection: torch.nn.Module, fit: Fit, written: torch.dtype, running: torch.dtype) -> None:
         """Let the layer's projection compute the fit, as it is `written`, in `running`; pruned channels meet zeros."""
-        if self.weight is not None:
-            full = scatter(fit.weight.to(written), self.cut.kept, 1, tuple(self.weight.shape))
-            full = full if projection.weight.shape == full.shape else full.T
-            projection.weight = self._parameter(full, running)
+        full = scatter(fit.weight.to(written), self.cut.kept, 1, tuple(self.weight.shape))
+        full = full if projection.weight.shape == full.shape else full.T
+        projection.weight = self._parameter(full, running)
         if fit.bias is not None:
             own = 0 if self.bias is None else self.bias.double()
             projection.bias = self._parameter((own + fit.bias).to(written), running)

@@ -64,7 +64,8 @@ def make(step: Step, layout: Layout, compensation: Compensation, report: FitRepo
             return [read(step.source)]
         case Rows():
             rows = read(step.source).index_select(step.axis, step.rows)
-            return [scatter(rows, step.rows, step.axis, step.spec.shape) if layout.masked else rows]
+            is_whole = tuple(rows.shape) == step.spec.shape
+            return [rows if is_whole else scatter(rows, step.rows, step.axis, step.spec.shape)]
         case ExpertRows():
             whole = read(step.source)
             of_each = [whole[i].index_select(step.axis, rows) for i, rows in zip(step.experts, step.rows, strict=True)]
@@ -95,18 +96,14 @@ def _output(step: Output, layout: Layout, compensation: Compensation, report: Fi
         report.errors[cut.layer, cut.module] = (fit.before, fit.after)
     if fit.raised is not None:
         report.raised[cut.layer, cut.module] = fit.raised
-    made = []
-    if step.weight and cut.module == "experts":
+    if cut.module == "experts":
         channels = len(cut.kept) + len(cut.pruned)
         columns = scatter(fit.weight, cut.kept, 1, (len(fit.weight), channels)) if layout.masked else fit.weight
         of_each = columns.unflatten(1, (len(cut.experts), -1)).movedim(1, 0)
         return _in_files(of_each.mT if step.transposed else of_each, step)
-    if step.weight:
-        columns = fit.weight.T if step.transposed else fit.weight
-        if weight is None:
-            columns = torch.zeros(step.weight.shape)
-        axis = 0 if step.transposed else 1
-        made.append(scatter(columns, cut.kept, axis, step.weight.shape) if layout.masked else columns)
+    columns, is_whole = fit.weight.T if step.transposed else fit.weight, len(cut.kept) == cut.columns
+    axis = 0 if step.transposed else 1
+    made = [columns if is_whole else scatter(columns, cut.kept, axis, step.weight.shape)]
     if step.bias:
         parts = (part for part in (own_bias, fit.bias) if part is not None)
         made.append(sum(parts, torch.zeros(step.bias.shape, dtype=torch.float64)))

@@ -174,6 +174,12 @@ def _say_of_layout(layout: "Layout", options: ApplyOptions, progress: Progress) 
         stock = f"a stock {layout.checkpoint.family.architecture}"
         how = stock if layout.stock else "a checkpoint that needs trust_remote_code"
         progress.note(f"{layout.why}: writing {how}")
+    if layout.sliced:
+        layer, module = layout.sliced
+        progress.note(
+            f"layer {layer}, {module} is cut, not masked: else loaders without modeling_flap.py would take the folder "
+            "and leave out its biases"
+        )
     if (target := layout.plan.target) and (larger := target.overrun(layout.specs)):
         progress.note(larger)
 

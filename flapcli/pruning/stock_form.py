@@ -44,7 +44,7 @@ def stock_form_of(
     even = {size: values.pop() for size, values in found.items() if values}
     if 0 in even.values():
         return None, "modules are pruned away whole"
-    biased = [module for module in family.modules if _gains_bias(checkpoint, module, adds_bias)]
+    biased = [module for module in family.modules if gains_bias(checkpoint, module, adds_bias)]
     unsaid = [family.module(module).output for module in biased if module not in family.bias_options]
     if unsaid:
         return None, f"{family.architecture} knows no bias on {' and '.join(unsaid)}"
@@ -110,7 +110,7 @@ def _zero_biases(
     }
 
 
-def _gains_bias(checkpoint: Checkpoint, module: Module, adds_bias: bool) -> bool:
+def gains_bias(checkpoint: Checkpoint, module: Module, adds_bias: bool) -> bool:
     """Whether the module's output projection has a bias that the source's own configuration does not say."""
     flap, having = checkpoint.flap, [i for i in range(checkpoint.shape.num_layers) if not checkpoint.lacks(i, module)]
     if module == "experts" or not having:

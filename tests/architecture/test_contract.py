@@ -10,6 +10,7 @@ from support.edits import edit_keep
 from support.families import FAMILY_CONFIGS, make_family
 from support.models import load_dense
 from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, step_by_step, without_flapcli
+from transformers import AutoConfig
 
 from flapcli.architecture.family import families, family_of, refused_families
 from flapcli.architecture.shape import MODULES
@@ -51,6 +52,18 @@ def padded(model):
         return model(IDS, attention_mask=mask).logits[:, 4:]
 
 
+def assert_says_its_sizes(folder):
+    """In transformers' words, as far as it has any for the family."""
+    config = AutoConfig.from_pretrained(folder)
+    layers, flap_part, keys = config.per_layer_config, config.flap, open_checkpoint(str(folder)).family.sizes
+    if isinstance(keys.get("intermediate_size"), str) and all(flap_part["intermediate_size"]):
+        assert [getattr(c, keys["intermediate_size"]) for c in layers] == flap_part["intermediate_size"]
+    if not isinstance(getattr(type(config), "head_dim", None), property):
+        assert [c.num_attention_heads for c in layers] == flap_part["num_attention_heads"]
+        groups = [getattr(c, "num_key_value_heads", None) or c.num_attention_heads for c in layers]
+        assert groups == flap_part["num_key_value_heads"] or keys.get("num_key_value_heads") == 1
+
+
 def test_sliced_equals_masked(made, flap):
     dense, run = made
     sliced, expected = load_pruned(run / "pruned"), masked_dense(dense, run)
@@ -60,6 +73,7 @@ def test_sliced_equals_masked(made, flap):
     torch.testing.assert_close(logits(sliced), logits(expected), **CLOSE)
     torch.testing.assert_close(step_by_step(sliced), logits(sliced)[:, 4:], **CLOSE)
     torch.testing.assert_close(padded(sliced), padded(expected), **CLOSE)
+    assert_says_its_sizes(run / "pruned")
     checkpoint = open_checkpoint(str(run / "pruned"))
     added = sum(spec.shape[0] for n, spec in checkpoint.tensors.items() if n not in open_checkpoint(str(dense)).tensors)
     assert checkpoint.shape.parameters == plan.parameters.model_after + added

@@ -143,7 +143,7 @@ def test_pruned_checkpoints_with_emptied_modules(tiny, prune, flap, text_file, t
     pruned = without_attention_in_layer_1(tiny("llama-gqa"), prune, flap, tmp_path / "run")
     for mode in ("--stream", "--no-stream"):
         stats = calibrated(flap, pruned, text_file, tmp_path / mode, "--gram", mode)
-        assert stats.elimination[1, "attention"].shape == (0,)
+        assert stats.elimination[1, "attention"].tolist() == [0]  # the group that is written in its place
         assert all(len(stats.elimination[i, "attention"]) == stats.model.units(i, "attention") for i in range(3))
 
 

@@ -268,7 +268,7 @@ def test_device_map(tiny, flap, text_file, tmp_path):
 def test_pruned_checkpoints_with_emptied_modules(tiny, prune, flap, text_file, tmp_path):
     pruned = without_attention_in_layer_1(tiny("llama-gqa"), prune, flap, tmp_path / "run")
     stats = calibrated(flap, pruned, text_file, tmp_path / "again")
-    assert stats.fisher[1, "attention"].shape == (0,)
+    assert stats.fisher[1, "attention"].tolist() == [0]  # the group that is written in its place
     assert all(len(stats.fisher[i, m]) == stats.model.units(i, m) for i in range(3) for m in MODULES)
 
 

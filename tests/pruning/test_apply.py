@@ -5,15 +5,17 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.edits import edit_keep
 from support.models import FEW, load_dense, make_tiny
 from support.pruned import CLOSE, IDS, load_pruned, logits, masked_dense, without_flapcli
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from flapcli.architecture.family import PER_LAYER
+from flapcli.architecture.shape import OWN_SIZES
 from flapcli.artifacts.plan import load_plan
 from flapcli.checkpoints import open_checkpoint
-from flapcli.execution.loading import load_model
+from flapcli.errors import FlapError
 
 
 def test_a_tokenizer_model_alone_is_read(tiny, tmp_path):
@@ -53,12 +55,34 @@ def test_sliced_equals_masked(pruned):
 
 
 def test_mask_only_equals_sliced(pruned, flap):
-    _, run = pruned
+    """In the dense model's shapes; where its class would leave out the biases, one module stops it."""
+    dense, run = pruned
     flap("apply", "-d", run, "--mask-only", "--out", run / "masked")
     torch.testing.assert_close(logits(load_pruned(run / "masked")), logits(load_pruned(run / "pruned")), **CLOSE)
     shapes = {n: s.shape for n, s in open_checkpoint(str(run / "masked")).tensors.items()}
-    dense = open_checkpoint(str(pruned[0])).tensors
-    assert all(shapes[name] == spec.shape for name, spec in dense.items())
+    other = {n for n, spec in open_checkpoint(str(dense)).tensors.items() if shapes[n] != spec.shape}
+    if not (run / "masked" / "modeling_flap.py").exists():
+        assert not other
+        return
+    assert other == {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(run / "masked")
+
+
+def test_other_engines_read_the_sizes(pruned):
+    """As vLLM does: the model without its head from the configuration, whose layers' own say heads and widths."""
+    _, run = pruned
+    config = AutoConfig.from_pretrained(run / "pruned")
+    model = AutoModel.from_config(config, trust_remote_code=True)
+    stored = {n.removeprefix("model."): s.shape for n, s in open_checkpoint(str(run / "pruned")).tensors.items()}
+    stored.pop("lm_head.weight", None)
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == stored
+    told = [(c.num_attention_heads, c.num_key_value_heads, c.intermediate_size) for c in config.per_layer_config]
+    flap_part = config.flap
+    assert told == [*zip(*(flap_part[size] for size in OWN_SIZES), strict=True)]
+    assert {c.head_dim for c in config.per_layer_config} == {open_checkpoint(str(run / "pruned")).shape.head_dim}
+    raw = json.loads((run / "pruned" / "config.json").read_text())["per_layer_config"]
+    assert all(value != getattr(config, key) for layer in raw.values() for key, value in layer.items())
 
 
 def test_without_compensation(pruned, flap):
@@ -101,6 +125,11 @@ def test_emptied_modules(kind, compensate, tiny, prune, flap, tmp_path):
     assert load_plan(run / "plan.yaml").counts("attention") == [0, heads, 0]
     flap("apply", "-d", run, "--compensate", compensate)
     model = load_pruned(run / "pruned")
+    assert (model.config.flap["num_key_value_heads"], model.config.flap["intermediate_size"][1]) == ([1, heads, 1], 8)
+    for output in (model.model.layers[0].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        assert not output.weight.any()
+    written = load_plan(run / "plan.yaml").parameters.model_after + (compensate == "bias") * 2 * 3 * 48
+    assert written == model.config.flap["parameters"]
     expected = masked_dense(tiny(kind), run, bias=compensate == "bias")
     torch.testing.assert_close(logits(model), logits(expected), **CLOSE)
     with pytest.raises(RuntimeError, match="mismatch"):  # where no other shape would stop the dense model's class
@@ -110,24 +139,11 @@ def test_emptied_modules(kind, compensate, tiny, prune, flap, tmp_path):
         for cache in (True, False)
     }
     assert torch.equal(sequences[True], sequences[False])
-    model.save_pretrained(tmp_path / "again")
-    without_marks(tmp_path / "again")
-    for old in (load_pruned(tmp_path / "again"), load_checked(tmp_path / "again")):
-        torch.testing.assert_close(logits(old), logits(model), rtol=1e-6, atol=1e-6)
-
-
-def without_marks(folder):
-    """As older versions wrote it: nothing is stored of an emptied module's weight."""
-    weights = load_file(folder / "model.safetensors")
-    marks = [name for name, tensor in weights.items() if tensor.numel() == 0]
-    assert len(marks) == 3
-    kept = {name: tensor for name, tensor in weights.items() if name not in marks}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-
-
-def load_checked(folder):
-    """By flap's own loader, which refuses gaps."""
-    return load_model(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    config = json.loads((run / "pruned" / "config.json").read_text())
+    config["flap"]["intermediate_size"][1] = 0
+    (run / "pruned" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FlapError, match="layer 1 has no neuron of its mlp, as older versions of flap wrote it: prune"):
+        open_checkpoint(run / "pruned").shape  # noqa: B018
 
 
 def test_an_edited_plan_is_applied(tiny, prune, flap, tmp_path):
@@ -194,3 +210,24 @@ def test_a_second_round_prunes_what_is_pruned(tiny, prune, tmp_path):
     torch.testing.assert_close(
         logits(load_pruned(same / "pruned")), logits(load_pruned(first / "pruned")), rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_second_round_says_its_own_sizes_alone(tiny, prune, flap, tmp_path):
+    """Uneven again, or even: then the folder is stock and says nothing of single layers."""
+    run = prune(tiny("llama-gqa"), tmp_path / "one")
+    edit_keep(run, (1, "attention"), keep="0")
+    flap("apply", "-d", run)
+    again = prune(run / "pruned", tmp_path / "two", "--ratio 0.2")
+    one, two = (AutoConfig.from_pretrained(path / "pruned") for path in (run, again))
+    told = [layer.intermediate_size for layer in two.per_layer_config]
+    assert told == two.flap["intermediate_size"] != one.flap["intermediate_size"]
+    for layer in range(3):
+        edit_keep(again, (layer, "attention"), keep="0")
+        edit_keep(again, (layer, "mlp"), keep="0-9")
+    flap("apply", "-d", again)
+    config = json.loads((again / "pruned" / "config.json").read_text())
+    assert not config.keys() & {*PER_LAYER, "auto_map"}
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(again / "pruned")),
+        logits(masked_dense(run / "pruned", again)), **CLOSE,
+    )  # fmt: skip

@@ -3,9 +3,10 @@
 import copy
 
 import torch
-from support.models import GQA, MHA, SIZES, tiny_tokenizer
+from support.models import GQA, SIZES, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+HEADS = {"num_attention_heads": 6}
 MQA = {"num_attention_heads": 6, "num_key_value_heads": 1}
 MLA = {"num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 12, "v_head_dim": 10,
        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}  # fmt: skip
@@ -21,7 +22,7 @@ FALCON = SIZES | {"num_attention_heads": 6, "ffn_hidden_size": 56}
 FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "apertus": ("apertus", SIZES | GQA),
     "arcee": ("arcee", SIZES | GQA | {"mlp_bias": True}),
-    "biogpt": ("biogpt", SIZES | MHA),
+    "biogpt": ("biogpt", SIZES | HEADS),
     "bloom": ("bloom", {"n_layer": 3, "n_head": 6, "hidden_size": 48, "vocab_size": 320}),
     "cohere": ("cohere", SIZES | GQA | {"logit_scale": 0.3}),
     "cohere-norms": ("cohere", SIZES | GQA | {"use_qk_norm": True, "attention_bias": True}),
@@ -80,8 +81,8 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "olmo2": ("olmo2", SIZES | GQA | {"attention_bias": True}),
     "olmo3": ("olmo3", SIZES | GQA | WINDOW | {"intermediate_size": 64}),
     "olmoe": ("olmoe", SIZES | GQA | {"num_experts": 4, "num_experts_per_tok": 2}),
-    "opt": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 48}),
-    "opt-post-norm": ("opt", SIZES | MHA | {"ffn_dim": 56, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
+    "opt": ("opt", SIZES | HEADS | {"ffn_dim": 56, "word_embed_proj_dim": 48}),
+    "opt-post-norm": ("opt", SIZES | HEADS | {"ffn_dim": 56, "word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "persimmon": ("persimmon", SIZES | {"num_attention_heads": 6}),
     "phi": ("phi", SIZES | GQA),
     "phi3": ("phi3", SIZES | GQA),

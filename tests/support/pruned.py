@@ -112,3 +112,19 @@ def load(folder):
            "HOME": str(tmp_path), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def load_served(folder):
+    """As a user's transformers loads it, by the code in the folder."""
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def greedy(model, prompts, count):
+    """The `count` likeliest tokens after every prompt, all computed anew for each; what stands behind is not seen."""
+    rows = [list(ids) for ids in prompts]
+    for _ in range(count):
+        width = max(map(len, rows))
+        found = logits(model, torch.tensor([row + [0] * (width - len(row)) for row in rows]))
+        for row, scores in zip(rows, found, strict=True):
+            row.append(int(scores[len(row) - 1].argmax()))
+    return [row[len(ids) :] for row, ids in zip(rows, prompts, strict=True)]
