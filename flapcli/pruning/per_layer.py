@@ -17,15 +17,17 @@ def per_layer_fields(layout: Layout) -> dict[str, Any]:
     Beside them the size of a head, which is else taken for the hidden size by a layer's own heads. Where the
     configuration's class lets nobody say it, heads are left out.
     """
-    checkpoint = layout.checkpoint
+    checkpoint, config = layout.checkpoint, layout.checkpoint.load_config()
     keys = {
         size: checkpoint.key_of(key)
         for size, key in checkpoint.family.sizes.items()
         if isinstance(key, str) and "*" not in key
     }
     keys.setdefault("head_dim", "head_dim")
+    if "num_key_value_heads" not in checkpoint.family.sizes and hasattr(config, "num_key_value_heads"):
+        keys["num_key_value_heads"] = "num_key_value_heads"  # always those of queries, and yet told
     said = {keys["head_dim"]: checkpoint.shape.head_dim}
-    if isinstance(getattr(type(checkpoint.load_config()), keys["head_dim"], None), property):
+    if isinstance(getattr(type(config), keys["head_dim"], None), property):
         keys, said = {size: key for size, key in keys.items() if MODULE_OF.get(size) != "attention"}, {}
     own = {}
     for place, (source, layer) in enumerate(zip(layout.layers.source_indices, layout.sizes, strict=True)):
