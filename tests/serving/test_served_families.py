@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from support.edits import edit_keep
 from support.families import FAMILY_CONFIGS, make_family
 from support.pruned import greedy, load_served
 
@@ -52,6 +53,14 @@ def test_every_family(name, pruned, prompts, same_tokens):
     assert "auto_map" in json.loads((folder / "config.json").read_text())
     expected = greedy(load_served(folder), prompts, COUNT)
     same_tokens(f"{name}, uneven, biases", folder, prompts, expected, refused=REFUSED.get(name))
+
+
+def test_emptied_modules(pruned, prompts, same_tokens, flap):
+    run = pruned("llama").parent
+    edit_keep(run, (1, "attention"), (2, "mlp"))
+    flap("apply", "-d", run)
+    expected = greedy(load_served(run / "pruned"), prompts, COUNT)
+    same_tokens("llama, an emptied attention, an emptied MLP", run / "pruned", prompts, expected)
 
 
 def test_stock_qwen2_of_fewer_heads_is_not_for_vllms_own_class(pruned, prompts, same_tokens):
