@@ -190,14 +190,15 @@ class ModelShape(Record):
         return found
 
     def written(self, layer: int, module: Module, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The units that files hold where these stay: of a module that keeps none the first heads that go at once, or
-        neurons, whose output is cut off, since runtimes know no layer without any. Experts go all.
+        """The units that files hold where these stay: of a module that keeps none the first heads that go at once (all
+        where none goes alone), or neurons, whose output is cut off, since runtimes know no layer without any. Experts
+        go all.
         """
         if module == "experts" or len(units) or not (count := self.units(layer, module)):
             return units
         if module != "attention":
             return np.arange(min(count, SPARE_NEURONS))
-        groups = self.groups(layer, module)
+        groups = self.groups(layer, module) if module in self.prunable else count
         return np.arange(groups) * (count // groups)
 
     def kept_of_one(self, module: Module) -> dict[Size, int]:

@@ -163,7 +163,8 @@ def build_plan(
         for i in range(shape.num_layers)
     ]
     shared: dict[Module, int | None] = {"attention": shape.shared_entries or None}
-    at_once = max(shape.groups(i, "attention") for i in range(shape.num_layers))
+    nothing = np.zeros(0, dtype=np.int64)
+    at_once = max(len(shape.written(i, "attention", nothing)) for i in range(shape.num_layers))
     groups: dict[Module, int | None] = {"attention": at_once if at_once > 1 else None}
     per_unit = {
         m: UnitSize(

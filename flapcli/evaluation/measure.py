@@ -57,7 +57,7 @@ def measure_model(
             losses = streamed_losses(checkpoint, tokens, runtime, progress, name, start=start)
         else:
             losses = window_losses(
-                model, tokens, runtime.batch_size, progress, name, start, layers_of(model, checkpoint)
+                model, tokens, runtime.batch_size, progress, name, start=start, layers=layers_of(model, checkpoint)
             )
         progress.doing(f"counting bytes of {text}")
         found.perplexity_details[text] = details(losses, tokens, tokenizer)

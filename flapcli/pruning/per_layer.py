@@ -15,8 +15,11 @@ def per_layer_fields(layout: Layout) -> dict[str, Any]:
     """`per_layer_config`, where a layer's sizes are not those of the configuration, and leave to read the latter.
 
     Beside them the size of a head, which is else taken for the hidden size by a layer's own heads. Where the
-    configuration's class lets nobody say it, heads are left out.
+    configuration's class lets nobody say it, heads are left out; all of it where a whole tells its text model's sizes
+    as its own, for its class does not have them.
     """
+    if (wrapper := layout.checkpoint.wrapper) and wrapper.text not in layout.checkpoint.config_in_files:
+        return {}
     checkpoint, config = layout.checkpoint, layout.checkpoint.load_config()
     keys = {
         size: checkpoint.key_of(key)

@@ -133,7 +133,7 @@ def test_the_backward_sweep_goes_on(tiny, flap, text_file, tmp_path, monkeypatch
     monkeypatch.setattr(StatsWriter, "write_fisher", stop)
     args = ("calibrate", tiny("qwen2"), "-d", tmp_path / "resumed", "--dataset", text_file, *SMALL_FISHER, "--fisher",
             "--gram", "--stream")  # fmt: skip
-    assert "interrupted" in flap(*args, code=1).stderr
+    assert "interrupted" in flap(*args, code=130).stderr
     monkeypatch.setattr(StatsWriter, "write_fisher", write)
     assert "going on with the backward pass" in flap(*args).stderr
     assert (tmp_path / "resumed" / "stats.safetensors").read_bytes() == straight.path.read_bytes()

@@ -169,7 +169,7 @@ def test_resumed_equals_straight(tiny, flap, text_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Recorder, "commit", stop)
     args = ("calibrate", tiny("qwen2"), "-d", tmp_path / "resumed", "--dataset", text_file, *SMALL_FISHER, "--fisher")
-    assert "interrupted" in flap(*args, code=1).stderr
+    assert "interrupted" in flap(*args, code=130).stderr
     monkeypatch.setattr(Recorder, "commit", commit)
     assert "going on after window 10 of 12" in flap(*args).stderr
     resumed = load_stats(tmp_path / "resumed" / "stats.safetensors")
@@ -206,7 +206,7 @@ def test_the_backward_sweep_goes_on(layer, memory, tiny, flap, text_file, tmp_pa
     monkeypatch.setattr(BackwardPass, "_layer", stop)
     args = ("calibrate", tiny("qwen2"), "-d", tmp_path / "resumed", "--dataset", text_file, *SMALL_FISHER, "--fisher",
             "--stream", "--activation-memory", memory)  # fmt: skip
-    assert "interrupted" in flap(*args, code=1).stderr
+    assert "interrupted" in flap(*args, code=130).stderr
     monkeypatch.setattr(BackwardPass, "_layer", run_layer)
     assert f"going on with the backward pass below layer {layer + 1} of 3" in flap(*args).stderr
     assert (tmp_path / "resumed" / "stats.safetensors").read_bytes() == straight.path.read_bytes()
@@ -239,7 +239,7 @@ def test_lost_hidden_states_are_made_again(tiny, flap, text_file, tmp_path, monk
         "--fisher",
         "--stream",
     )
-    assert "interrupted" in flap(*args, code=1).stderr
+    assert "interrupted" in flap(*args, code=130).stderr
     monkeypatch.setattr(BackwardPass, "_layer", run_layer)
     flap(*args)
     assert (tmp_path / "run" / "stats.safetensors").read_bytes() == straight.path.read_bytes()
