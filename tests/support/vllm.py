@@ -17,10 +17,10 @@ SMALL = {"kv_cache_memory_bytes": 1 << 27}  # 128 MiB are enough for any of the 
 
 
 def vllm_python() -> Path:
-    """$FLAP_VLLM_PYTHON, or the environment that .ci/run makes. FileNotFoundError, which says so, without."""
+    """$FLAP_VLLM_PYTHON, or the environment that .ci/serving makes. FileNotFoundError, which says so, without."""
     python = Path(os.environ.get("FLAP_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
     if not python.exists():
-        raise FileNotFoundError(f"no vLLM: {python} is not there; .ci/run makes it, or set FLAP_VLLM_PYTHON")
+        raise FileNotFoundError(f"no vLLM: {python} is not there; .ci/serving makes it, or set FLAP_VLLM_PYTHON")
     return python
 
 
