@@ -31,8 +31,8 @@ ROOMS = {
     "export": "stage gguf_writer kquants modelfile push tokenizer",
     "texts": "windows mixture corpus opening",
     "execution": "hidden_states layerwise loading memory batches device processes ranks settings",
-    "artifacts": "model_card sweep_results eval_report plan pruned_folder run_dir self_text stats_writer stats "
-    "unfinished reuse target versions shared_names few_tokens",
+    "artifacts": "model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
+    "stats_writer stats unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms gguf gguf_layout gguf_header huggingface "
     "checkpoint verification unit_counts described companion_files locate hub_errors shards weight_index expert_files",
     "architecture": "catalogue source wrapper family gguf_form flap_section parallel modeling_flap rope rows shape",

@@ -31,6 +31,15 @@ SPARE_NEURONS = 8  # written of an MLP that keeps none: torchao takes no single 
 AttentionUnit = Literal["kv_group", "query_head"]
 
 
+def spare_units(module: Module, units: int, at_once: int = 1) -> int:
+    """How many units of a module that keeps none are written, with their output cut off, since runtimes know no layer
+    without any: the heads that go `at_once`, or some neurons. Experts go all.
+    """
+    if module == "experts":
+        return 0
+    return min(units, at_once if module == "attention" else SPARE_NEURONS)
+
+
 class LayerShape(NamedTuple):
     """Sizes of one decoder layer; 0 where a module was pruned away whole, or never was."""
 
@@ -190,16 +199,14 @@ class ModelShape(Record):
         return found
 
     def written(self, layer: int, module: Module, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The units that files hold where these stay: of a module that keeps none the first heads that go at once (all
-        where none goes alone), or neurons, whose output is cut off, since runtimes know no layer without any. Experts
-        go all.
+        """The units that files hold where these stay: of a module that keeps none the first spare ones, a head of each
+        part, or all heads where none goes alone.
         """
-        if module == "experts" or len(units) or not (count := self.units(layer, module)):
+        if len(units) or not (count := self.units(layer, module)):
             return units
-        if module != "attention":
-            return np.arange(min(count, SPARE_NEURONS))
-        groups = self.groups(layer, module) if module in self.prunable else count
-        return np.arange(groups) * (count // groups)
+        parts = self.groups(layer, module) if module in self.prunable else count
+        spare = spare_units(module, count, parts)
+        return np.arange(spare) * (count // parts if module == "attention" else 1)
 
     def kept_of_one(self, module: Module) -> dict[Size, int]:
         """How many of what go with one unit."""

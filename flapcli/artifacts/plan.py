@@ -10,16 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from flapcli.architecture.shape import (
-    EVERY_MODULE,
-    MODULES,
-    SPARE_NEURONS,
-    AttentionUnit,
-    LayerShape,
-    ModelShape,
-    Module,
-    PerModule,
-)
+from flapcli.architecture.shape import EVERY_MODULE, MODULES, AttentionUnit, ModelShape, Module, PerModule, spare_units
 from flapcli.artifacts.target import Target
 from flapcli.errors import FlapError, problems
 from flapcli.storage.atomic import atomic_file
@@ -53,7 +44,7 @@ class UnitSize(Record):
     """Weights of one unit, and entries of the producing projections' biases that go with it.
 
     `shared` counts a layer's keys and values, weights and biases, where they go with the last of its query heads alone.
-    `groups` are the units that go at once, one of each, where they are not one.
+    `groups` are the heads that are written where none stays, if more than one (`shape.spare_units`).
     `whole`: the module's units stay or go together alone, and do not count as prunable.
     """
 
@@ -189,9 +180,8 @@ def _totals(layers: list[LayerPlan], model: int, per_unit: dict[Module, UnitSize
         for m, unit in per_unit.items():
             if goes:
                 after -= unit.shared or 0
-            elif m != "experts" and layer.module(m).is_emptied:
-                spare = (unit.groups or 1) if m == "attention" else min(layer.module(m).of, SPARE_NEURONS)
-                after += spare * (unit.weights + unit.biases)
+            elif layer.module(m).is_emptied:
+                after += spare_units(m, layer.module(m).of, unit.groups or 1) * (unit.weights + unit.biases)
     achieved = round((prunable - kept) / prunable, 6) if prunable else 0.0
     return {
         "parameters": Parameters(prunable=prunable, kept=kept, model=model, model_after=after, per_unit=per_unit),
@@ -286,68 +276,6 @@ def _problems(plan: Plan) -> Iterable[str]:
                 continue
             if len(units) and units[-1] >= part.of:
                 yield f"layer {layer.index}, {module}: there is no unit {units[-1]} among {part.of} ({part.unit})"
-
-
-def check_belongs(plan: Plan, shape: ModelShape, where: Path) -> None:
-    """Raise FlapError unless the plan was made for this model and its units are the model's."""
-    if plan.model.fingerprint != shape.fingerprint:
-        raise FlapError(
-            f"{where} was made for {plan.model.name} ({plan.model.fingerprint[:12]}), which {shape.name} "
-            f"({shape.fingerprint[:12]}) is not: give its --model, or calibrate and plan anew"
-        )
-    if len(plan.layers) != shape.num_layers:
-        raise FlapError(f"{where} has {len(plan.layers)} layers, {shape.name} has {shape.num_layers}")
-    wrong = [
-        f"layer {i}, {m}: {part.of} {part.unit}, expected {shape.units(i, m)} {shape.unit(m)}"
-        for i, layer in enumerate(plan.layers)
-        for m in shape.modules
-        if ((part := layer.module(m)).of, part.unit) != (shape.units(i, m), shape.unit(m))
-    ]
-    wrong += [f"layer {i}, attention: {told}" for i in range(shape.num_layers) if (told := _uneven(plan, shape, i))]
-    wrong += [f"layer {i}, experts: {told}" for i in range(shape.num_layers) if (told := _unlike(plan, shape, i))]
-    wrong += [
-        f"layer {i}, {m}: all its units stay or none, since {why}"
-        for m, why in (shape.whole or {}).items()
-        for i in range(shape.num_layers)
-        if len(plan.kept(i, m)) not in (0, shape.units(i, m))
-    ]
-    if wrong:
-        raise FlapError(f"{where} does not fit {shape.name}: {'; '.join(wrong[:4])}")
-
-
-def _uneven(plan: Plan, shape: ModelShape, layer: int) -> str | None:
-    """What is wrong where single query heads stay in unequal numbers in the groups that share keys and values."""
-    groups = shape.layers[layer].num_key_value_heads
-    if shape.attention_unit != "query_head" or groups < 2:
-        return None
-    stays = shape.kept(layer, "attention", plan.kept(layer, "attention"))["num_attention_heads"]
-    counts = stays.reshape(groups, -1).sum(axis=1)
-    return f"{', '.join(map(str, counts))} query heads stay in its groups, which need equally many" * (
-        len({*counts}) > 1
-    )
-
-
-def _unlike(plan: Plan, shape: ModelShape, layer: int) -> str | None:
-    """What is wrong where experts of a layer keep unlike numbers of neurons, or one that must stay keeps none."""
-    count = shape.layers[layer].num_experts
-    if not count or not len(units := plan.kept(layer, "experts")):
-        return None
-    neurons = shape.kept(layer, "experts", units)["expert_size"].reshape(count, -1).sum(axis=1)
-    if len({*neurons} - {0}) > 1:
-        return f"they keep {', '.join(map(str, neurons))} neurons, and those that stay need equally many"
-    why = shape.every_expert if 0 in neurons else None
-    return f"expert {int(np.argmin(neurons))} can't go: {why}" if why else None
-
-
-def pruned_layers(plan: Plan, shape: ModelShape) -> tuple[LayerShape, ...]:
-    """Sizes of every layer, as it is written, once the plan is applied."""
-
-    def after(layer: int) -> LayerShape:
-        stays = ((module, shape.written(layer, module, plan.kept(layer, module))) for module in shape.modules)
-        kept = [shape.sizes_of(layer, module, units) for module, units in stays]
-        return LayerShape(**{size: count for found in kept for size, count in found.items()})
-
-    return tuple(after(layer) for layer in range(shape.num_layers))
 
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

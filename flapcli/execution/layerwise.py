@@ -20,7 +20,7 @@ from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.errors import FlapError
 from flapcli.execution.batches import Batches
 from flapcli.execution.device import Runtime
-from flapcli.execution.loading import empty_model, in_place_of
+from flapcli.execution.loading import empty_model, in_place_of, layers_of
 from flapcli.execution.memory import give_back
 from flapcli.progress import Advance, Progress
 
@@ -142,9 +142,7 @@ class _Ends:
     def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device) -> None:
         self.checkpoint, self.device, self.model = checkpoint, device, model
         self.decoder = model.get_submodule(checkpoint.family.decoder)
-        self._layers = [
-            model.get_submodule(checkpoint.family.layer.format(i=i)) for i in range(checkpoint.shape.num_layers)
-        ]
+        self._layers = layers_of(model, checkpoint)
         inside, layers = f"{checkpoint.family.decoder}.", checkpoint.family.layer.split("{i}")[0]
         outside = [name for name in checkpoint.tensors if not name.startswith(layers)]
         self._names = [name for name in outside if name.startswith(inside)]

@@ -80,5 +80,7 @@ def read_output(checkpoint: Checkpoint, cut: ModuleCut) -> tuple[torch.Tensor, t
 
 
 def scatter(values: torch.Tensor, kept: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Kept rows or columns at their old places among zeros."""
+    """Kept rows or columns at their old places among zeros, where the shape has others."""
+    if tuple(values.shape) == tuple(shape):
+        return values
     return torch.zeros(shape, dtype=values.dtype).index_copy_(axis, kept, values)

@@ -13,7 +13,8 @@ import torch
 from flapcli.architecture.family import renamed
 from flapcli.architecture.rows import RowMap
 from flapcli.architecture.shape import LayerShape, Module
-from flapcli.artifacts.plan import Plan, pruned_layers
+from flapcli.artifacts.plan import Plan
+from flapcli.artifacts.plan_of_model import pruned_layers
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.settings import ApplyOptions

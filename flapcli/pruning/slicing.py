@@ -64,8 +64,7 @@ def make(step: Step, layout: Layout, compensation: Compensation, report: FitRepo
             return [read(step.source)]
         case Rows():
             rows = read(step.source).index_select(step.axis, step.rows)
-            is_whole = tuple(rows.shape) == step.spec.shape
-            return [rows if is_whole else scatter(rows, step.rows, step.axis, step.spec.shape)]
+            return [scatter(rows, step.rows, step.axis, step.spec.shape)]
         case ExpertRows():
             whole = read(step.source)
             of_each = [whole[i].index_select(step.axis, rows) for i, rows in zip(step.experts, step.rows, strict=True)]
@@ -101,9 +100,8 @@ def _output(step: Output, layout: Layout, compensation: Compensation, report: Fi
         columns = scatter(fit.weight, cut.kept, 1, (len(fit.weight), channels)) if layout.masked else fit.weight
         of_each = columns.unflatten(1, (len(cut.experts), -1)).movedim(1, 0)
         return _in_files(of_each.mT if step.transposed else of_each, step)
-    columns, is_whole = fit.weight.T if step.transposed else fit.weight, len(cut.kept) == cut.columns
-    axis = 0 if step.transposed else 1
-    made = [columns if is_whole else scatter(columns, cut.kept, axis, step.weight.shape)]
+    columns, axis = (fit.weight.T, 0) if step.transposed else (fit.weight, 1)
+    made = [scatter(columns, cut.kept, axis, step.weight.shape)]
     if step.bias:
         parts = (part for part in (own_bias, fit.bias) if part is not None)
         made.append(sum(parts, torch.zeros(step.bias.shape, dtype=torch.float64)))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from flapcli import __version__
 from flapcli.architecture.family import Family
 from flapcli.architecture.flap_section import MadeBy, SourceModel
-from flapcli.artifacts.plan import Plan, check_belongs, format_ranges, load_plan
+from flapcli.artifacts.plan import Plan, format_ranges, load_plan
+from flapcli.artifacts.plan_of_model import check_belongs
 from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, is_whole, users_files
 from flapcli.artifacts.run_dir import holding
 from flapcli.artifacts.stats import Stats, load_header, load_stats

@@ -83,6 +83,16 @@ def test_other_engines_read_the_sizes(pruned):
     assert {c.head_dim for c in config.per_layer_config} == {open_checkpoint(str(run / "pruned")).shape.head_dim}
     raw = json.loads((run / "pruned" / "config.json").read_text())["per_layer_config"]
     assert all(value != getattr(config, key) for layer in raw.values() for key, value in layer.items())
+    assert [layer[2] for layer in told] == load_plan(run / "plan.yaml").counts("mlp")
+
+
+def test_the_model_without_its_head(pruned):
+    _, run = pruned
+    bare = AutoModel.from_pretrained(run / "pruned", trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(bare).__name__.startswith("Flap")
+    with torch.no_grad():
+        expected = load_pruned(run / "pruned").base_model(IDS)[0]
+        torch.testing.assert_close(bare(IDS)[0], expected, **CLOSE)
 
 
 def test_without_compensation(pruned, flap):
@@ -221,6 +231,8 @@ def test_a_second_round_says_its_own_sizes_alone(tiny, prune, flap, tmp_path):
     one, two = (AutoConfig.from_pretrained(path / "pruned") for path in (run, again))
     told = [layer.intermediate_size for layer in two.per_layer_config]
     assert told == two.flap["intermediate_size"] != one.flap["intermediate_size"]
+    said = json.loads((again / "pruned" / "config.json").read_text())["per_layer_config"]
+    assert all(sizes == {key: two.flap[key][int(place)] for key in sizes} for place, sizes in said.items())
     for layer in range(3):
         edit_keep(again, (layer, "attention"), keep="0")
         edit_keep(again, (layer, "mlp"), keep="0-9")
