@@ -49,8 +49,8 @@ class PrunedMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         place = config.flap.get("decoder_layers", "model.layers")
-        if not _has(self, place):  # type: ignore[arg-type]  # a model without a head begins within that prefix
-            place = place.removeprefix(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+        if not _has(self, place):  # type: ignore[arg-type]  # a model without a head is what its first part names
+            place = place.partition(".")[2]
         for index, layer in enumerate(self.get_submodule(place)):  # type: ignore[attr-defined]
             for description in config.flap["modules"]:
                 _resize(layer, index, description, config)
