@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flapcli.architecture.family import MAX_SIZE
+from flapcli.architecture.family import MAX_SIZE, PER_LAYER
 from flapcli.architecture.shape import ModelShape
 from flapcli.checkpoints.described import Described
 from flapcli.errors import FlapError
@@ -30,6 +30,11 @@ def refuse_quantised(checkpoint: Described) -> None:
 def refuse_odd_settings(checkpoint: Described) -> None:
     """Raise FlapError for settings that loaders would choke on, or take for something else without a word."""
     checkpoint.generation  # noqa: B018  what can't be read is told before any work
+    if checkpoint.config.get(PER_LAYER[0]) and not checkpoint.flap:
+        raise FlapError(
+            f"{checkpoint.name}: {PER_LAYER[0]} in config.json gives single layers settings of their own, which flap "
+            "knows of folders that it pruned alone"
+        )
     known = (None, "auto", *CODES, *(f"torch.{name}" for name in CODES))
     fine: dict[str, Callable[[Any], bool]] = {
         "dtype": lambda value: value in known,

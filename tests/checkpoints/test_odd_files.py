@@ -100,6 +100,7 @@ def test_hostile_gguf_headers(pairs, tmp_path, text_file, flap):
         ("torch_dtype", 7, "--no-stream", "torch_dtype in config.json is 7"),
         ("dtype", 1.5, "--no-stream", "dtype in config.json is 1.5"),
         ("max_position_embeddings", -1, "--no-stream", "max_position_embeddings in config.json is -1"),
+        ("per_layer_config", {"0": {"sliding_window": 4}}, "--stream", "gives single layers settings of their own"),
         ("_attn_implementation", 7, "--stream", "_attn_implementation in config.json is 7"),
     ],
 )
