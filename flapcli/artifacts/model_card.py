@@ -93,7 +93,7 @@ def _table(plan: Plan, flap: FlapSection) -> str:
         "parameters before": f"{p.model:,}",
         "parameters after": f"{after:,}",
         "biases added": ", ".join(flap.biases) or "none",
-        "devices that layers split over (tensor parallel)": ", ".join(map(str, device_counts(flap.layers()))),
+        "tensor parallel sizes that divide every layer": ", ".join(map(str, device_counts(flap.layers()))),
         "made by": f"flap {made_by.version}",
     }
     if flap.source_layers is not None:

@@ -109,7 +109,7 @@ def show_folder(folder: PrunedFolder) -> None:
     if flap.output_error:
         _show_output_errors(flap.output_error)
     counts = ", ".join(map(str, folder.tensor_parallel))
-    out.print(f"tensor parallel: every layer splits over {counts} devices", highlight=False, soft_wrap=True)
+    out.print(f"tensor parallel sizes that divide every layer: {counts}", highlight=False, soft_wrap=True)
 
 
 def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]]) -> None:

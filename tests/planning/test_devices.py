@@ -104,8 +104,8 @@ def test_layers_split(calibrated, flap, tmp_path, options, devices, head_step, w
     ]
     assert said == by_hand
     assert devices in said
-    assert shown == f"tensor parallel: every layer splits over {', '.join(map(str, said))} devices"
-    assert f"| devices that layers split over (tensor parallel) | {', '.join(map(str, said))} |" in (
+    assert shown == f"tensor parallel sizes that divide every layer: {', '.join(map(str, said))}"
+    assert f"| tensor parallel sizes that divide every layer | {', '.join(map(str, said))} |" in (
         (out / "README.md").read_text()
     )
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.models import load_tokenizer
 from support.pruned import greedy, load_served
-from support.vllm import openai_server, post
+from support.servers import post
+from support.vllm import openai_server
 
 pytestmark = pytest.mark.serving
 COUNT = 32  # tokens

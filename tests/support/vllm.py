@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
+
+from support.servers import started
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"kv_cache_memory_bytes": 1 << 27}  # 128 MiB are enough for any of the tests' models
@@ -64,39 +61,8 @@ def _environment() -> dict[str, str]:
     return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-@contextmanager
-def openai_server(folder: Path, log: Path) -> Iterator[str]:
+def openai_server(folder: Path, log: Path) -> AbstractContextManager[str]:
     """The address of vLLM's OpenAI server on a folder, with the options that users are told (README)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = ["--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
     command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *options]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pruned"],
-            env=_environment(), stdout=file, stderr=file, start_new_session=True,
-        )  # fmt: skip
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)
+    return started([*command, "--served-model-name", "pruned"], log, _environment())
