@@ -15,7 +15,8 @@ from flapcli.calibration.stage import calibrate
 from flapcli.checkpoints import DEMO, Hub
 from flapcli.evaluation.stage import calibration_text, check_options, check_tasks, evaluate
 from flapcli.evaluation.task_names import task_files_sha256
-from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions
+from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, HealOptions, PlanOptions
+from flapcli.healing.stage import HealInputs, check, heal
 from flapcli.planning.methods import checked
 from flapcli.planning.stage import plan
 from flapcli.progress import Progress, Silent
@@ -29,7 +30,10 @@ POINT_FORMAT = "flap-sweep-point/1"
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What is done: one calibration, and the same at every ratio. Without `keep` a pruned folder goes once measured."""
+    """What is done: one calibration, and the same at every ratio. Without `keep` a pruned folder goes once measured.
+
+    With `heal` what is measured was trained after the cut, where that made it better.
+    """
 
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
     calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
@@ -37,6 +41,7 @@ class SweepOptions:
     apply: ApplyOptions = field(default_factory=ApplyOptions)
     evaluate: EvalOptions = field(default_factory=EvalOptions)
     keep: bool = False
+    heal: HealOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,25 @@ class _Job:
         if done:
             self.progress.note(f"{evaluation}: up to date")
             return done
-        report = self.evaluate(str(pruned), evaluation)
+        healed = self._heal(pruned, folder / "healed")
+        report = self.evaluate(str(folder / "healed" if healed else pruned), evaluation)
         if report.all_failures:  # to be tried again, so the folder stays
             return report
         if not self.options.keep:
             remove_folder(pruned)
+            if healed:
+                remove_folder(folder / "healed")
         with atomic_file(folder / "point.json") as scratch:
             scratch.write_text(json.dumps(self._record(folder), indent=2) + "\n", encoding="utf-8")
         return report
+
+    def _heal(self, pruned: Path, out: Path) -> bool:
+        """Train what was pruned, if that is asked for; whether it became better. All ratios have one teacher."""
+        if self.options.heal is None:
+            return False
+        inputs = HealInputs(self.model, self.hub, self.run.teacher)
+        made, _ = heal(pruned, out, self.options.heal, inputs, self.execution, self.force, self.progress)
+        return made is not None
 
     def _measured(self, folder: Path) -> EvalReport | None:
         """The evaluation of a point, where point.json says that it is of what is asked now."""
@@ -104,6 +120,7 @@ class _Job:
             "device": self.execution.device,
             "eval_sha256": sha256(folder / "eval.json"),
         }
+        record |= {"heal": asdict(self.options.heal)} if self.options.heal else {}
         return json.loads(json.dumps(record))
 
 
@@ -127,6 +144,8 @@ def sweep(
     checked(replace(options.plan, ratio=options.ratios[0]))
     options.apply.check()
     check_options(options.evaluate, execution)
+    if options.heal:
+        check(options.heal)
     check_tasks(options.evaluate, _evaluated(run, options), progress)
     header, _ = calibrate(model, run.stats, options.calibrate, hub, execution, force, progress)
     texts, read = options.evaluate.perplexity, header.calibration
@@ -177,6 +196,7 @@ def _figures(report: Measurement) -> dict[str, Any]:
 def _settings(options: SweepOptions, plan: Plan) -> dict[str, Any]:
     """The options as asked, those that the method decides as they were decided."""
     chosen = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
-    return {
+    found = {
         "ratios": options.ratios, "plan": chosen, "apply": asdict(options.apply), "eval": asdict(options.evaluate)
     }  # fmt: skip
+    return found | ({"heal": asdict(options.heal)} if options.heal else {})

@@ -13,28 +13,33 @@ import pytest
 import flapcli
 
 ROOT = Path(flapcli.__file__).parent
-STAGES = ("calibration", "planning", "pruning", "evaluation", "export")
-BOUNDARY = ("cli.results", "cli.run_command", "cli.stages", "cli.sweep_command")  # functions that typer calls
+STAGES = ("calibration", "planning", "pruning", "healing", "evaluation", "export")
+# Functions that typer calls.
+BOUNDARY = ("cli.heal_command", "cli.results", "cli.run_command", "cli.stages", "cli.sweep_command")
 
 # Every module in its place: a module imports only what stands below it.
 ROOMS = {
     "": "__main__",
-    "cli": "app results run_command stages sweep_command command epilogs resolve options presets interrupts",
+    "cli": "app heal_command results run_command stages sweep_command command epilogs resolve heal_options options "
+    "presets interrupts",
     "views": "comparison_tables contents page compare commands plots tables eval_rows display terminal",
     " ": "sweep",
-    "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
+    "calibration": "stage job in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",
     "planning": "stage methods whole_experts depth even_groups devices allocation scores target_search",
     "pruning": "stage trial companions per_layer sequential sequential_fit slicing compensation layout cut stock_form "
     "kept_layers",
+    "healing": "stage distillation healed_folder budget work training training_state objective student teacher_cache "
+    "teacher healing_text healing_request forward divergence",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
-    "texts": "windows mixture corpus opening",
+    "texts": "calibration_text windows mixture corpus opening",
     "execution": "hidden_states layerwise loading memory batches device processes ranks settings",
-    "artifacts": "model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
+    "artifacts": "dense_model model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
     "stats_writer stats unfinished reuse target versions shared_names few_tokens",
-    "checkpoints": "__init__ bin_folder safetensors_folder column_norms gguf gguf_layout gguf_header huggingface "
-    "checkpoint verification unit_counts described companion_files locate hub_errors shards weight_index expert_files",
+    "checkpoints": "__init__ bin_folder safetensors_folder column_norms tensor_file gguf gguf_layout gguf_header "
+    "huggingface checkpoint verification unit_counts described companion_files locate hub_errors shards weight_index "
+    "expert_files",
     "architecture": "catalogue source wrapper family gguf_form flap_section parallel modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",

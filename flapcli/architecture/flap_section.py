@@ -60,6 +60,37 @@ class MadeBy(Record):
         return self.model_dump(exclude=aside) == other.model_dump(exclude=aside)
 
 
+class HealingPoint(Record):
+    """Mean losses after so many tokens: of what was trained on since the point before, and on held-out windows."""
+
+    tokens: int
+    training: float | None
+    validation: float
+
+
+class Healed(Record):
+    """How a pruned folder was trained after the cut, as `settings` say.
+
+    `input_sha256` is of what the folder that was trained says of itself, `text_sha256` of the texts on this machine.
+    The weights are those after `best` tokens of `tokens`; `before` and `after` are losses on held-out windows, `after`
+    of the weights as written.
+    """
+
+    version: str
+    input_sha256: str
+    settings: dict[str, Any]
+    text_sha256: str | None
+    tokens: int
+    best: int
+    before: float
+    after: float
+    curve: list[HealingPoint]
+
+    @property
+    def dataset(self) -> str:
+        return str(self.settings["dataset"])
+
+
 class ModuleLayout(Record):
     """A module as modeling_flap.py rebuilds it, its projections and what else follows their sizes.
 
@@ -92,6 +123,7 @@ class FlapSection(Record):
     least squares, `modules` in a stock checkpoint, which needs no modeling_flap.py; `decoder_layers` is where the
     layers are in the model where that is not model.layers. `files` are the sizes in bytes of
     what else was written into the folder, by which a user's files there are told; None in folders of older versions.
+    `healed` is of a folder that was trained since.
     """
 
     format: Literal["flap-checkpoint/1"] = FORMAT
@@ -109,6 +141,7 @@ class FlapSection(Record):
     decoder_layers: str | None = None
     files: dict[str, int] | None = None
     made_by: MadeBy
+    healed: Healed | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str) -> Self | None:
@@ -130,4 +163,6 @@ class FlapSection(Record):
 
     def as_json(self) -> dict[str, Any]:
         """What config.json holds: what does not apply is left out, what a folder was made by is whole."""
-        return self.model_dump(exclude_none=True, exclude={"made_by"}) | {"made_by": self.made_by.model_dump()}
+        whole = {"made_by": self.made_by, "healed": self.healed}
+        found = self.model_dump(exclude_none=True, exclude=set(whole))
+        return found | {key: value.model_dump() for key, value in whole.items() if value}

@@ -37,12 +37,12 @@ def model_card(config: Mapping[str, Any], plan: Plan, report: EvalReport | None)
     flap = FlapSection.of(config, "the model card")
     if flap is None:
         raise FlapError("the model card is of a checkpoint that flap did not write")
-    made_by = flap.made_by
+    made_by, done = flap.made_by, "pruned and healed" if flap.healed else "pruned"
     sections = [
         f"---\n{yaml.safe_dump(_metadata(made_by), sort_keys=False)}---",
         CARD_MARK,
-        f"# {Path(made_by.model.name).name.removesuffix('.gguf')}, pruned by flap",
-        _summary(plan, made_by),
+        f"# {Path(made_by.model.name).name.removesuffix('.gguf')}, {done} by flap",
+        _summary(plan, flap),
         _table(plan, flap),
         _figures(report) if report else "",
         _loading(flap.modules is not None, families()[plan.model.family], config["model_type"] in wrappers()),
@@ -68,7 +68,8 @@ def _hub_id(name: str) -> str | None:
     return None if is_local(name) else name
 
 
-def _summary(plan: Plan, made_by: MadeBy) -> str:
+def _summary(plan: Plan, flap: FlapSection) -> str:
+    made_by = flap.made_by
     shown = _hub_id(made_by.model.name) or shared_name(made_by.model.name)
     how = "zeroed in place" if made_by.mask_only else "cut out"
     what, source = "attention heads (or KV groups) and MLP neurons", "FLAP: An et al., AAAI 2024, arXiv 2312.11983"
@@ -79,6 +80,7 @@ def _summary(plan: Plan, made_by: MadeBy) -> str:
     return (
         f"{plan.ratio.achieved:.2%} of the prunable weights of `{shown}` are {how}: whole {what}, chosen "
         f"without retraining\n({source}). `plan.yaml` says which units stayed."
+        + (" Then the model was trained a little, to answer like the dense one." if flap.healed else "")
     )
 
 
@@ -103,6 +105,11 @@ def _table(plan: Plan, flap: FlapSection) -> str:
             lost, left = (sum(shares) / len(known) for shares in zip(*known, strict=True))
             means = f"{lost:.2%} with the pruned channels' mean, {left:.2%} with least squares"
             rows[f"output variance lost, {module}, mean over layers"] = means
+    if healed := flap.healed:
+        text, loss, seed = (healed.settings[key] for key in ("dataset", "loss", "seed"))
+        trained = "all weights of the decoder layers" if healed.settings["full"] else "adapters, merged"
+        rows["healed"] = f"{trained}; {healed.best:,} tokens of {shared_text(text)}, loss {loss}, seed {seed}"
+        rows["loss on held-out windows"] = f"{healed.before:.4f} before, {healed.after:.4f} after"
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 

@@ -10,6 +10,8 @@ from flapcli.architecture.parallel import device_counts
 from flapcli.artifacts.reuse import Kind
 from flapcli.checkpoints.weight_index import index_of, weight_map
 from flapcli.errors import FlapError, UsageError
+from flapcli.progress import Progress
+from flapcli.storage.atomic import free_name
 from flapcli.storage.hashing import files_below
 from flapcli.storage.json_file import read_json
 from flapcli.storage.safetensors_file import read_header
@@ -130,6 +132,21 @@ PRUNED = Kind(
     lambda path: path.is_dir() and not any(path.iterdir()),  # an empty folder
     "holds something that flap did not write: move it away or give another --out",
 )
+
+
+def keeps_old(out: Path, force: bool, progress: Progress) -> bool:
+    """Whether the folder that is to be replaced holds what is the user's. Raises FlapError unless forced."""
+    found = PRUNED.find(out)
+    if not found or not (theirs := users_files(found)):
+        return False
+    some = ", ".join(theirs[:3]) + (f" and {len(theirs) - 3} more" if len(theirs) > 3 else "")
+    if not force:
+        raise FlapError(
+            f"{out} holds files that flap did not write, or that were changed since ({some}): move them away or give "
+            "another --out; --force moves the whole folder aside"
+        )
+    progress.note(f"{out} holds {some}, which flap did not write: the old folder is kept as {free_name(out)}")
+    return True
 
 
 def found_pruned(path: Path) -> PrunedFolder | None:

@@ -21,6 +21,8 @@ class RunDir:
         self.stats = self.path / "stats.safetensors"
         self.plan = self.path / "plan.yaml"
         self.pruned = self.path / "pruned"
+        self.healed = self.path / "healed"
+        self.teacher = self.path / "teacher.safetensors"
         self.eval = self.path / "eval.json"
         self.gguf = self.path / "pruned.gguf"
         self.sweep = self.path / "sweep.json"

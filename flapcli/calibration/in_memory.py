@@ -1,6 +1,5 @@
 """Calibration of a model in memory: one dense forward pass over the windows, and what it says of every channel."""
 
-import time
 from collections.abc import Iterator
 
 import torch
@@ -12,16 +11,11 @@ from flapcli.calibration.moments import Moments
 from flapcli.calibration.recorder import Key, Recorder, fisher_of, layer_stats_of
 from flapcli.calibration.workload import Workload
 from flapcli.checkpoints.column_norms import ColumnNorms
-from flapcli.checkpoints.shards import raw_bytes
+from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import STREAM, Batches, Within
 from flapcli.execution.loading import head_of, layers_of, load_model
-from flapcli.storage.atomic import atomic_file
-from flapcli.storage.dtypes import dtype_code, torch_dtype
-from flapcli.storage.resume import Resume
-from flapcli.storage.safetensors_file import StreamWriter, TensorSpec, read_header, read_into
+from flapcli.storage.resume import Pauses, Resume
 
-# A checkpoint is taken no sooner after the last one than this, and than 20 times what that one took.
-SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
 FORWARD_AND_BACKWARD = 3  # times what forward alone takes
 
 
@@ -95,32 +89,28 @@ class Saved:
     def __init__(self, resume: Resume, recorder: Recorder) -> None:
         self.resume, self.recorder = resume, recorder
         self.path = resume.folder / "moments.safetensors"
-        self._next = time.monotonic() + SECONDS_BETWEEN
+        self._pauses = Pauses()
         self._windows = 0
 
     def restore(self) -> int:
         """Take in what an earlier run saved; returns how many windows that is."""
         if not self.resume.found or not self.path.exists():
             return 0
-        header = read_header(self.path)
-        values = {name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)) for name, spec in header.tensors.items()}
-        for name, value in values.items():
-            read_into(self.path, header.offsets[name], raw_bytes(value))
+        values, metadata = load_tensors(self.path)
         for key in self.recorder.moments:
             name = _name(key)
             if f"{name}.mean" in values:
-                count = int(header.metadata[name])
+                count = int(metadata[name])
                 self.recorder.moments[key] = Moments(count, values[f"{name}.mean"], values[f"{name}.m2"])
             if f"{name}.gram" in values:
                 self.recorder.grams[key] = values[f"{name}.gram"].to(self.recorder.device)
-        self._windows = int(header.metadata["windows"])
+        self._windows = int(metadata["windows"])
         return self._windows
 
     def after(self, windows: int) -> None:
         """Save now and then; `windows` more have been taken in."""
         self._windows += windows
-        start = time.monotonic()
-        if start < self._next:
+        if not self._pauses.is_due:
             return
         tensors: dict[str, torch.Tensor] = {}
         metadata = {"windows": str(self._windows)}
@@ -129,13 +119,9 @@ class Saved:
                 tensors |= {f"{_name(key)}.mean": moments.mean, f"{_name(key)}.m2": moments.m2}
                 metadata[_name(key)] = str(moments.count)
         tensors |= {f"{_name(key)}.gram": total for key, total in self.recorder.grams.items()}
-        specs = [TensorSpec(name, tuple(value.shape), dtype_code(value.dtype)) for name, value in tensors.items()]
         self.resume.ready()
-        with atomic_file(self.path) as scratch, StreamWriter(scratch, specs, metadata) as out:
-            for name, value in tensors.items():
-                out.write(name, raw_bytes(value))
-        now = time.monotonic()
-        self._next = now + max(SECONDS_BETWEEN, TIMES_ITS_COST * (now - start))
+        with self._pauses.saving():
+            save_tensors(self.path, tensors, metadata)
 
 
 def _name(key: Key) -> str:

@@ -5,23 +5,20 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from flapcli.artifacts.few_tokens import FEW
 from flapcli.artifacts.plan import format_ranges
+from flapcli.artifacts.self_text import path_beside
 from flapcli.artifacts.stats import Calibration, GramDtype, StatsHeader, file_bytes, gram_bytes, tokens_of_experts
 from flapcli.artifacts.stats_writer import StatsWriter, save_stats
 from flapcli.artifacts.versions import versions
 from flapcli.calibration.brain_surgeon import eliminator
-from flapcli.calibration.calibration_text import CalibrationText
 from flapcli.calibration.in_memory import measure
 from flapcli.calibration.recorder import NotFiniteError
 from flapcli.calibration.request import CalibrationRequest
 from flapcli.calibration.streaming import stream
 from flapcli.calibration.workload import Workload
-from flapcli.checkpoints import Checkpoint
-from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime, own_gpu
 from flapcli.execution.loading import quiet_transformers
 from flapcli.execution.memory import Demand, refuse_map, should_stream
@@ -31,6 +28,7 @@ from flapcli.storage.atomic import explain, move_file, require_space, require_wr
 from flapcli.storage.dtypes import dtype_name
 from flapcli.storage.resume import Resume, discard_all, key_of
 from flapcli.storage.sizes import parse_size
+from flapcli.texts.calibration_text import CalibrationText, refuse_unlike_ranks
 from flapcli.texts.opening import first_predicted, opening_text
 from flapcli.texts.windows import windows_sha256
 
@@ -52,7 +50,8 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
     streamed = not execution.device_map and any(
         ranks.agree(should_stream(checkpoint, runtime, demand, execution.stream, progress))
     )
-    text = CalibrationText(request.out, checkpoint, options, runtime, execution.device_map, streamed)
+    place = path_beside(request.out)
+    text = CalibrationText(place, checkpoint, options, runtime, execution.device_map, streamed)
     progress.doing(f"reading {options.dataset}")
     windows = text.windows(force, progress, ranks)
     refuse_unlike_ranks(ranks, checkpoint, windows, runtime.dtype)
@@ -99,18 +98,6 @@ def _header(
     )
     shape = request.checkpoint.shape
     return StatsHeader(model=shape, calibration=calibration, settings=request.settings, versions=versions())
-
-
-def refuse_unlike_ranks(ranks: Ranks, checkpoint: Checkpoint, windows: NDArray[np.int64], dtype: torch.dtype) -> None:
-    """Raise FlapError where ranks would add up sums of unlike things."""
-    mine = {"model": checkpoint.fingerprint, "text": windows_sha256(windows), "--dtype": dtype_name(dtype)}
-    first, *others = ranks.agree(mine)
-    for rank, theirs in enumerate(others, 1):
-        if unlike := [name for name in first if theirs[name] != first[name]]:
-            raise FlapError(
-                f"rank {rank} and rank 0 do not calibrate the same, they differ in: {', '.join(unlike)} (files, "
-                "versions of transformers, or what --dtype auto stands for): make them alike, or give --dtype"
-            )
 
 
 def _run(request: CalibrationRequest, header: StatsHeader, work: Workload, resume: Resume) -> None:

@@ -1,24 +1,19 @@
 """Stage 1, `flap calibrate`: statistics of a model, or those that are there already. Imports torch only to compute."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flapcli.artifacts.run_dir import hold
 from flapcli.artifacts.stats import STATS, StatsHeader
 from flapcli.calibration.request import CalibrationRequest
 from flapcli.checkpoints import DEMO, Hub, open_checkpoint
 from flapcli.errors import UsageError
-from flapcli.execution.processes import several_processes
+from flapcli.execution.processes import several_ranks
 from flapcli.execution.settings import CalibrateOptions, Execution
 from flapcli.progress import IMPORTING, Progress, Silent
 from flapcli.storage.sizes import parse_size
 from flapcli.texts.corpus import default_text
 from flapcli.texts.mixture import Mixture
-
-if TYPE_CHECKING:
-    from flapcli.execution.ranks import Ranks
 
 MAX_TOKENS = 2**30  # 8.6 GB of ids
 
@@ -44,7 +39,7 @@ def calibrate(
     mixture = Mixture.read(str(options.dataset))
     _check(options, execution, mixture)
     options = replace(options, dataset=mixture.absolute().name)
-    with _several_ranks(execution.rank_timeout) as ranks, hold(out, ranks.rank if ranks else 0):
+    with several_ranks(execution.rank_timeout) as ranks, hold(out, ranks.rank if ranks else 0):
         progress.doing(f"opening {model}")
         checkpoint = open_checkpoint(model, hub)
         checkpoint.attention_unit = options.attention_unit
@@ -61,15 +56,6 @@ def calibrate(
         from flapcli.execution.ranks import Ranks
 
         return write_stats(request, force, progress, ranks or Ranks.alone()), False
-
-
-def _several_ranks(timeout: float) -> "AbstractContextManager[Ranks | None]":
-    """The processes that torchrun started; None where this is the only one, so that torch is not imported for that."""
-    if not several_processes():
-        return nullcontext()
-    from flapcli.execution.ranks import Ranks
-
-    return Ranks.from_environment(timeout)
 
 
 def _check(options: CalibrateOptions, execution: Execution, mixture: Mixture) -> None:

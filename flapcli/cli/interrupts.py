@@ -18,6 +18,7 @@ LEFT = {
     "calibrate": "no half-done statistics are left, and run again it goes on after what it had saved",
     "plan": "no half-done plan is left",
     "apply": "no half-done folder is left",
+    "heal": "no half-done folder is left, and run again it goes on after what it had saved",
     "eval": "no half-done report is left; run again to measure",
     "run": "stages that are done stay, and run again it goes on after them",
     "sweep": "ratios that are done stay, and run again it goes on after them",

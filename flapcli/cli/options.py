@@ -240,6 +240,12 @@ class ExecutionGroup:
     device: Device = s.Execution.device
 
 
+DeviceMap = Annotated[Literal["auto", "balanced", "sequential"] | None, _in_execution(
+    help="Spread the model over all GPUs of this machine, by accelerate.")]
+RankTimeout = Annotated[float, _in_execution(
+    min=5, help="Under torchrun: seconds without a sign of life after which a rank counts as dead.")]
+
+
 @dataclass(frozen=True)
 class ScaleGroup:
     """How a calibration copes with size."""
@@ -247,11 +253,8 @@ class ScaleGroup:
     activation_memory: Annotated[str, _in_execution(
         help="Hidden states of all windows stay in memory up to this size, else in files (--stream).",
         )] = s.Execution.activation_memory
-    device_map: Annotated[Literal["auto", "balanced", "sequential"] | None, _in_execution(
-        help="Spread the model over all GPUs of this machine, by accelerate.")] = None
-    rank_timeout: Annotated[float, _in_execution(
-        min=5, help="Under torchrun: seconds without a sign of life after which a rank counts as dead.",
-        )] = s.Execution.rank_timeout
+    device_map: DeviceMap = None
+    rank_timeout: RankTimeout = s.Execution.rank_timeout
 
 
 @dataclass(frozen=True)
@@ -289,9 +292,9 @@ def ratios(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """`1,8` as (1, 8). Raises UsageError for anything but positive numbers."""
+def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
+    """`1,8` as (1, 8). Raises UsageError for anything but numbers of at least `least`."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option} {text}: give numbers of at least 1, separated by commas")
+    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
+        raise UsageError(f"{option} {text}: give numbers of at least {least}, separated by commas")
     return tuple(int(part) for part in parts)

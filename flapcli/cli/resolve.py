@@ -6,15 +6,26 @@ from flapcli.architecture.flap_section import adds_bias
 from flapcli.architecture.shape import AttentionUnit
 from flapcli.checkpoints import DEMO, Hub
 from flapcli.cli import options as o
+from flapcli.cli.heal_options import HealGroup
 from flapcli.cli.presets import preset_of
 from flapcli.errors import UsageError, only_with
 from flapcli.evaluation.stage import check_options
 from flapcli.evaluation.task_names import expand
-from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions, SpeedOptions
+from flapcli.execution.settings import (
+    ApplyOptions,
+    CalibrateOptions,
+    EvalOptions,
+    Execution,
+    HealOptions,
+    PlanOptions,
+    SpeedOptions,
+)
+from flapcli.healing.stage import check as check_healing
 from flapcli.planning.methods import checked, needed
 from flapcli.planning.target_search import target_of
 from flapcli.storage.dtypes import Dtype, StoredDtype
 from flapcli.texts.corpus import default_text
+from flapcli.texts.mixture import combined
 
 
 @dataclass(frozen=True)
@@ -41,22 +52,27 @@ class Asked:
     speed: SpeedOptions | None = None
     lean: bool = False
     attention_unit: AttentionUnit | None = None
+    heal_minutes: float | None = None
+    heal_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The options of the four stages."""
+    """The options of the four stages, and of healing where that is asked for."""
 
     calibrate: CalibrateOptions
     plan: PlanOptions
     apply: ApplyOptions
     evaluate: EvalOptions
+    heal: HealOptions | None = None
 
     def check(self, execution: Execution) -> None:
         """Raise UsageError for options that don't go together, before anything is calibrated."""
         self.apply.check()
         check_options(self.evaluate, execution)
         checked(self.plan)
+        if self.heal:
+            check_healing(self.heal)
 
 
 def resolve(asked: Asked) -> Stages:
@@ -99,6 +115,12 @@ def resolve(asked: Asked) -> Stages:
             str(evaluation.include_path) if evaluation.include_path else None, evaluation.limit, asked.num_fewshot,
             asked.speed,
         ),
+        HealOptions(
+            None, asked.heal_tokens, asked.heal_minutes, windows.seqlen, calibration.seed, calibration.dtype,
+            windows.text_column,
+        )
+        if asked.heal_tokens or asked.heal_minutes
+        else None,
     )  # fmt: skip
 
 
@@ -113,6 +135,23 @@ def execution_of(
     return Execution(
         group.device, o.batch(group.batch_size), threads, stream, scale.activation_memory, scale.device_map,
         scale.rank_timeout, cache_requests,
+    )  # fmt: skip
+
+
+def healing_of(group: HealGroup, windows: o.WindowGroup) -> HealOptions:
+    """What `flap heal` is asked for. Raises UsageError for what can't be read."""
+    layers = o.numbers(group.hidden_layers, "--hidden-layers", least=0) if group.hidden_layers else ()
+    return HealOptions(
+        combined(group.dataset) if group.dataset else None, group.tokens, group.minutes, windows.seqlen, group.seed,
+        group.dtype, windows.text_column, group.loss, layers, group.top_k, group.online, group.lora_rank, group.full,
+        group.lr, group.windows_per_step,
+    )  # fmt: skip
+
+
+def healing_execution_of(group: HealGroup, execution: o.ExecutionGroup) -> Execution:
+    return Execution(
+        execution.device, o.batch(execution.batch_size), device_map=group.device_map, rank_timeout=group.rank_timeout,
+        checkpoint_activations=group.checkpoint_activations,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, not_run, note_of, print_made
+from flapcli.cli.heal_options import HealMinutes
 from flapcli.errors import UnfinishedError, UsageError
 from flapcli.views import terminal
 from flapcli.views.display import Display
@@ -26,6 +27,7 @@ def run(
     attention_unit: o.AttentionUnit = None,
     compensation: o.CompensationGroup,
     mask_only: o.MaskOnly = False,
+    heal_minutes: HealMinutes = None,
     store_dtype: o.StoreDtypeOfRun = None,
     calibration: o.CalibrationGroup,
     windows: o.WindowGroup,
@@ -38,7 +40,7 @@ def run(
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> None:
-    """Calibrate, plan, apply and eval in one go, skipping what is up to date."""
+    """Calibrate, plan, apply and eval in one go, skipping what is up to date; with --heal-minutes, heal before eval."""
     from flapcli.execution.processes import refuse_several_processes
 
     refuse_several_processes()
@@ -54,9 +56,11 @@ def run(
         stages = resolve(Asked(
             model, preset, windows, calibration, units, amount, store_dtype if amount.target_size else None, None,
             compensation, mask_only, store_dtype, evaluation, eval_dtype, speed=SpeedOptions() if speed else None,
-            attention_unit=attention_unit,
+            attention_unit=attention_unit, heal_minutes=heal_minutes,
         ))  # fmt: skip
         stages.check(how)
+        if stages.heal and mask_only:
+            raise UsageError("--mask-only leaves zeros, which training would fill: leave out --heal-minutes")
         if stages.plan.target and mask_only:
             raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
         check_not_source(RunDir(run_dir).pruned, model)
@@ -80,6 +84,7 @@ def _go(
     from flapcli.artifacts.run_dir import RunDir
     from flapcli.calibration.stage import calibrate
     from flapcli.evaluation.stage import evaluate
+    from flapcli.healing.stage import HealInputs, heal
     from flapcli.planning.stage import plan
     from flapcli.pruning.stage import ApplyInputs, apply
 
@@ -88,19 +93,29 @@ def _go(
             print_made(made, as_json=False)
         note_of(path, cached, display.took)
 
-    run = RunDir(run_dir)
-    with Display("[1/4] calibrate") as display:
+    run, names = RunDir(run_dir), ["calibrate", "plan", "apply", *(["heal"] if stages.heal else []), "eval"]
+
+    def display_of(stage: str) -> Display:
+        return Display(f"[{names.index(stage) + 1}/{len(names)}] {stage}")
+
+    with display_of("calibrate") as display:
         found = calibrate(model, run.stats, stages.calibrate, hub, execution, force, display)
     ended(run.stats, *found)
-    with Display("[2/4] plan") as display:
+    with display_of("plan") as display:
         made = plan(run.stats, run.plan, stages.plan, force, display)
     ended(run.plan, *made)
-    with Display("[3/4] apply") as display:
+    with display_of("apply") as display:
         folder = apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, display)
     ended(run.pruned, *folder)
+    measured = run.pruned
+    if stages.heal:
+        with display_of("heal") as display:
+            healed, there = heal(run.pruned, run.healed, stages.heal, HealInputs(hub=hub), execution, force, display)
+        if healed:
+            ended(measured := run.healed, healed, there)
     try:
-        with Display("[4/4] eval") as display:
-            report, cached = evaluate(run.pruned, run.eval, stages.evaluate, None, hub, execution, force, display)
+        with display_of("eval") as display:
+            report, cached = evaluate(measured, run.eval, stages.evaluate, None, hub, execution, force, display)
     except UnfinishedError as error:
         if draws:
             print_made(error.made, as_json=False)

@@ -2,6 +2,7 @@
 
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, not_run, printing_unfinished, tell
+from flapcli.cli.heal_options import HealTokens
 from flapcli.views.display import Display
 
 
@@ -16,6 +17,7 @@ def sweep(
     units: o.UnitGroup,
     attention_unit: o.AttentionUnit = None,
     compensation: o.CompensationGroup,
+    heal_tokens: HealTokens = None,
     store_dtype: o.StoreDtypeOfRun = None,
     calibration: o.CalibrationGroup,
     windows: o.WindowGroup,
@@ -45,9 +47,12 @@ def sweep(
         asked = Asked(
             model, preset, windows, calibration, units, compensation=compensation, store_dtype=store_dtype,
             evaluation=evaluation, eval_dtype=eval_dtype, lean=True, attention_unit=attention_unit,
+            heal_tokens=heal_tokens,
         )  # fmt: skip
         stages = resolve(asked)
-        options = stage.SweepOptions(wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep)
+        options = stage.SweepOptions(
+            wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep, stages.heal
+        )
         run, how = RunDir(run_dir), execution_of(execution, stream)
         made, failed = stage.sweep(run, model, options, hub_of(hub), how, force, display)
         display.doing("drawing")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, set_seed
 
+from flapcli.artifacts.dense_model import dense_of
 from flapcli.checkpoints import Hub
 from flapcli.errors import FlapError, first_line
-from flapcli.evaluation.stage import dense_of, open_measured
+from flapcli.evaluation.stage import open_measured
 from flapcli.execution.device import Runtime
 from flapcli.execution.loading import load_model, quiet_transformers
 from flapcli.execution.settings import Execution, GenerateOptions

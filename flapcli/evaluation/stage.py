@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapcli.architecture.flap_section import MadeBy
+from flapcli.artifacts.dense_model import dense_of
 from flapcli.artifacts.eval_report import EVAL, EvalReport, Measurement, Size, Speedup, save_report
 from flapcli.artifacts.model_card import renew_card
 from flapcli.artifacts.pruned_folder import PrunedFolder
@@ -265,27 +265,3 @@ def _sha256(dataset: str) -> str | None:
 def open_measured(name: str | Path, hub: Hub) -> Checkpoint:
     """The checkpoint to measure; --revision and --cache-dir are its own on the hub, a folder's dense model's."""
     return open_checkpoint(name, Hub(trust_remote_code=hub.trust_remote_code) if Path(name).exists() else hub)
-
-
-def dense_of(made_by: MadeBy | None, model: str | None, hub: Hub) -> Checkpoint | None:
-    """The checkpoint that a pruned folder was made from; None for what was not pruned and where none is named.
-
-    Raises FlapError where it can't be opened, or is another by now.
-    """
-    source = made_by.model if made_by else None
-    name = model or (source.name if source else None)
-    if name is None:
-        return None
-    hub = replace(hub, revision=hub.revision or (source.revision if source else None))
-    try:
-        dense = open_checkpoint(name, hub)
-    except FlapError as error:
-        raise FlapError(
-            f"the dense model can't be opened ({error}): give --model, or leave it out by --no-baseline"
-        ) from error
-    if source and dense.fingerprint != source.fingerprint:
-        raise FlapError(
-            f"{dense.name} ({dense.fingerprint[:12]}) is not the model that was pruned "
-            f"({source.name}, {source.fingerprint[:12]}): give --model or --no-baseline"
-        )
-    return dense

@@ -1,8 +1,13 @@
 """Whether this process is one of several that torchrun started."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from flapcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from flapcli.execution.ranks import Ranks
 
 
 def several_processes() -> bool:
@@ -13,9 +18,18 @@ def several_processes() -> bool:
 def refuse_several_processes() -> None:
     """Raise UsageError under torchrun, for commands whose stages would all run once for each process."""
     if several_processes():
-        raise UsageError("of all commands only calibrate runs under torchrun; the others take its statistics")
+        raise UsageError("of all commands only calibrate and heal run under torchrun; the others take what they write")
 
 
 def is_writer() -> bool:
     """Whether this process writes artifacts and reports: the only one, or rank 0."""
     return not several_processes() or os.environ["RANK"] == "0"
+
+
+def several_ranks(timeout: float) -> "AbstractContextManager[Ranks | None]":
+    """The processes that torchrun started; None where this is the only one, so that torch is not imported for that."""
+    if not several_processes():
+        return nullcontext()
+    from flapcli.execution.ranks import Ranks
+
+    return Ranks.from_environment(timeout)

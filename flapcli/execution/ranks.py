@@ -1,4 +1,4 @@
-"""Several processes that share one calibration, started by torchrun or with the same environment variables.
+"""Several processes that share one calibration or healing, started by torchrun or with the same environment variables.
 
 Windows are spread over ranks, sums come back to rank 0 in rank order. Every rank shows the others that it
 lives by counting up in torch's store; one that stops for too long is named, so that nobody waits for it.
@@ -157,6 +157,12 @@ class Ranks:
         """On rank 0 the sum over ranks, in place; elsewhere meaningless."""
         if self.size > 1:
             self._wait(lambda: dist.reduce(tensor, dst=0, async_op=True))
+        return tensor
+
+    def summed_on_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On every rank the same sum over ranks, in place."""
+        if self.size > 1:
+            self._wait(lambda: dist.all_reduce(tensor, async_op=True))
         return tensor
 
     def _wait(self, start: Any) -> None:

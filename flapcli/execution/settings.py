@@ -21,6 +21,8 @@ Metric = Literal["IFV", "WIFV", "WIFN", "FISHER", "FISHER-OBS"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 Compensate = Literal["none", "bias", "lstsq"]
 
+Loss = Literal["kl", "ce", "kl+ce"]
+
 # Default of --ridge by whether the fit is sequential (METHOD.md, Sequential fit).
 RIDGES = {False: 0.01, True: 0.3}
 
@@ -30,7 +32,8 @@ class Execution:
     """Where and in what portions a model runs, and how size is coped with.
 
     `batch_size` None: about 1024 tokens on a CPU, more on a GPU. `stream`: layer by layer; None: where it must.
-    `threads` None: torch's own choice. `cache_requests` keeps tasks' built prompts.
+    `threads` None: torch's own choice. `cache_requests` keeps tasks' built prompts; `checkpoint_activations` computes
+    them anew in a backward pass.
     """
 
     device: str = "auto"
@@ -41,6 +44,7 @@ class Execution:
     device_map: str | None = None
     rank_timeout: float = 60
     cache_requests: bool = False
+    checkpoint_activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,47 @@ class EvalOptions:
         own = ("limit", "num_fewshot", "include_path")
         given = {f"--{name.replace('_', '-')}": getattr(self, name) is not None for name in own}
         only_with("--tasks", bool(self.tasks), given)
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """What decides how a pruned model is trained. `dataset` None: the calibration's text and the dense model's own.
+
+    `tokens` None: 1M, or as many as `minutes` hold. `lr` None: by whether `full`, all weights of the decoder layers,
+    or adapters of `rank` are trained. `online` needs no `top_k`: nothing of the teacher's is left out.
+    """
+
+    dataset: str | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    seqlen: int = 128
+    seed: int = 0
+    dtype: Dtype = "auto"
+    text_column: str = "text"
+    loss: Loss = "kl"
+    hidden_layers: tuple[int, ...] = ()
+    top_k: int = 64
+    online: bool = False
+    rank: int = 16
+    full: bool = False
+    lr: float | None = None
+    step_windows: int = 16
+
+    def check(self) -> None:
+        """Raise UsageError for options that don't go together, and for what nothing can be trained by."""
+        if self.tokens is not None and self.minutes is not None:
+            raise UsageError("--tokens and --minutes both say how long to train: give one of them")
+        if self.dtype == "float16":
+            raise UsageError("--dtype float16: gradients vanish in it: give bfloat16, float32 or auto")
+        if self.seqlen < 2:
+            raise UsageError("--seqlen must be at least 2")
+        counts = {"--tokens": self.tokens, "--minutes": self.minutes, "--lr": self.lr, "--top-k": self.top_k,
+                  "--lora-rank": self.rank, "--windows-per-step": self.step_windows}  # fmt: skip
+        for option, value in counts.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{option} {value}: must be more than 0")
+        if min(self.hidden_layers, default=0) < 0:
+            raise UsageError("--hidden-layers: layers are counted from 0")
 
 
 @dataclass(frozen=True)

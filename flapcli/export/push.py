@@ -58,7 +58,11 @@ def shareable(pruned: PrunedFolder) -> dict[str, str | bytes]:
     made_by = pruned.flap.made_by
     model = made_by.model.model_copy(update={"name": shared_name(made_by.model.name)})
     made_by = made_by.model_copy(update={"model": model, "dataset": shared_text(made_by.dataset)})
-    config = pruned.config | {"flap": pruned.flap.model_copy(update={"made_by": made_by}).as_json()}
+    healed = pruned.flap.healed
+    if healed:
+        settings = healed.settings | {"dataset": shared_text(healed.dataset)}
+        healed = healed.model_copy(update={"settings": settings})
+    config = pruned.config | {"flap": pruned.flap.model_copy(update={"made_by": made_by, "healed": healed}).as_json()}
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     if "plan.yaml" in files:
         plan = load_plan(pruned.path / "plan.yaml")

@@ -13,14 +13,14 @@ from flapcli.architecture.family import Family
 from flapcli.architecture.flap_section import MadeBy, SourceModel
 from flapcli.artifacts.plan import Plan, format_ranges, load_plan
 from flapcli.artifacts.plan_of_model import check_belongs
-from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, is_whole, users_files
+from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, is_whole, keeps_old
 from flapcli.artifacts.run_dir import holding
 from flapcli.artifacts.stats import Stats, load_header, load_stats
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.settings import RIDGES, ApplyOptions, Execution
 from flapcli.progress import IMPORTING, Progress, Silent
-from flapcli.storage.atomic import atomic_folder, free_name
+from flapcli.storage.atomic import atomic_folder
 from flapcli.storage.hashing import sha256
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def apply(
 
     if found := PRUNED.current(out, same, force):
         return found, True
-    keep_old = _keeps_old(out, force, progress)
+    keep_old = keeps_old(out, force, progress)
     stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None
     if stats and options.compensate == "lstsq" and not stats.header.settings.get("gram"):
         raise FlapError(f"{stats_path} has no Gram matrices, which lstsq needs: run `flap calibrate --gram`")
@@ -90,21 +90,6 @@ def apply(
     work = _Work(checkpoint, plan, stats, stats_path, options, execution)
     _write_folder(out, work, made_by, keep_old, progress)
     return PRUNED.load(out), False
-
-
-def _keeps_old(out: Path, force: bool, progress: Progress) -> bool:
-    """Whether the folder that is to be replaced holds what is the user's. Raises FlapError unless forced."""
-    found = PRUNED.find(out)
-    if not found or not (theirs := users_files(found)):
-        return False
-    some = ", ".join(theirs[:3]) + (f" and {len(theirs) - 3} more" if len(theirs) > 3 else "")
-    if not force:
-        raise FlapError(
-            f"{out} holds files that flap did not write, or that were changed since ({some}): move them away or give "
-            "another --out; --force moves the whole folder aside"
-        )
-    progress.note(f"{out} holds {some}, which flap did not write: the old folder is kept as {free_name(out)}")
-    return True
 
 
 def _resolved(options: ApplyOptions, plan: Plan, family: Family, progress: Progress) -> ApplyOptions:

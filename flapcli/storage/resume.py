@@ -1,14 +1,38 @@
-"""What a killed calibration leaves behind so that the next one goes on: a hidden folder beside the artifact."""
+"""What a killed calibration or healing leaves so that the next one goes on: a hidden folder beside the artifact."""
 
 import hashlib
 import json
 import shutil
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flapcli.errors import FlapError
 from flapcli.storage.atomic import atomic_file
+
+# A checkpoint is taken no sooner after the last one than this, and than 20 times what that one took.
+SECONDS_BETWEEN, TIMES_ITS_COST = 10.0, 20
+
+
+class Pauses:
+    """When the next checkpoint is due."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + SECONDS_BETWEEN
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within, one is taken."""
+        start = time.monotonic()
+        yield
+        now = time.monotonic()
+        self._next = now + max(SECONDS_BETWEEN, TIMES_ITS_COST * (now - start))
 
 
 def key_of(facts: dict[str, Any], windows: bytes) -> str:
@@ -17,7 +41,7 @@ def key_of(facts: dict[str, Any], windows: bytes) -> str:
 
 
 class Resume:
-    """The folder `.NAME.resume/rank-R-of-N` beside the artifact NAME, for one process of one calibration.
+    """The folder `.NAME.resume/rank-R-of-N` beside the artifact NAME, for one process of one calibration or healing.
 
     One of another key (other model, text, settings) is discarded. Made only when something is written, by who holds
     the place of the artifact.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Windows = NDArray[np.int64]
+T = TypeVar("T", NDArray[np.int64], range)
 Split = Literal["train", "test"]
 PYDOC_TRAIN_SHARE = 0.6
 C4_TEST_DOCUMENTS = 1100  # as the authors: the validation file's first documents, joined
+HELD_OUT_SHARE, HELD_OUT_WINDOWS = 0.05, 4  # of a text, and at least so many windows of it
 TEST_WINDOWS = {"pydoc": 60, "c4": 256}  # the first so many, of others all
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 
@@ -89,18 +91,25 @@ def source_sha256(source: str) -> str | None:
 
 
 def calibration_windows(
-    source: str, tokenizer: "PreTrainedTokenizerBase", nsamples: int, seqlen: int, seed: int, column: str = "text"
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    column: str = "text",
+    held_out: bool | None = None,
 ) -> Windows:
     """`nsamples` random windows of `seqlen` tokens, (nsamples, seqlen), drawn by `seed` as the authors do.
 
-    Each begins with what the tokenizer puts before every text. Raises FlapError where the text can't be had or is too
-    short for a single window, UsageError where windows are too short for any text.
+    Each begins with what the tokenizer puts before every text. `held_out`: from the end of the text alone, which is
+    kept for validation, or from what comes before it. Raises FlapError where the text can't be had or is too short for
+    a single window, UsageError where windows are too short for any text.
     """
     draw, first = random.Random(seed), opening(tokenizer)
     length = room_for_text(first, seqlen)
     if source == "c4":
-        return _opened(_parts_of_documents(tokenizer, nsamples, length, draw), first)
-    ids = tokens_of(source, tokenizer, "train", column)
+        return _opened(_parts_of_documents(tokenizer, nsamples, length, draw, held_out), first)
+    ids = _part(tokens_of(source, tokenizer, "train", column), HELD_OUT_WINDOWS * length, held_out)
     last = len(ids) - length - 1
     if last < 0:
         raise FlapError(
@@ -108,6 +117,14 @@ def calibration_windows(
         )
     starts = [draw.randint(0, last) for _ in range(nsamples)]
     return _opened(np.stack([ids[start : start + length] for start in starts]), first)
+
+
+def _part(whole: T, least: int, held_out: bool | None) -> T:
+    """The end of a text that is held out, `least` tokens or more unless that is over half of it; or what is not."""
+    if held_out is None:
+        return whole
+    cut = len(whole) - max(int(HELD_OUT_SHARE * len(whole)), min(least, len(whole) // 2))
+    return whole[cut:] if held_out else whole[:cut]
 
 
 def evaluation_windows(source: str, tokenizer: "PreTrainedTokenizerBase", seqlen: int, column: str = "text") -> Windows:
@@ -159,13 +176,16 @@ def _pydoc() -> str:
     return "\n\n".join(topics.values())
 
 
-def _parts_of_documents(tokenizer: "PreTrainedTokenizerBase", count: int, length: int, draw: random.Random) -> Windows:
+def _parts_of_documents(
+    tokenizer: "PreTrainedTokenizerBase", count: int, length: int, draw: random.Random, held_out: bool | None
+) -> Windows:
     """c4 as the authors draw it: a random document that is long enough, then a random part of it; (count, length)."""
     rows = _hub_rows("c4", "train")
+    places = _part(range(len(rows)), 1, held_out)
     parts: list[NDArray[np.int64]] = []
     tries = 0
     while len(parts) < count:
-        ids = _encode(tokenizer, rows[draw.randint(0, len(rows) - 1)])
+        ids = _encode(tokenizer, rows[draw.randint(places[0], places[-1])])
         tries += 1
         if len(ids) > length:
             start = draw.randint(0, len(ids) - length - 1)

@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 
 
 def mixture_windows(
-    text: CalibrateOptions | Calibration, tokenizer: "PreTrainedTokenizerBase", own: Callable[[int], NDArray[np.int64]]
+    text: CalibrateOptions | Calibration,
+    tokenizer: "PreTrainedTokenizerBase",
+    own: Callable[[int], NDArray[np.int64]],
+    held_out: bool | None = None,
 ) -> NDArray[np.int64]:
-    """Windows (nsamples, seqlen) of what `text` names, its sources in order; `own` gives that many of `self`."""
+    """Windows (nsamples, seqlen) of what `text` names, its sources in order; `own` gives that many of `self`.
+
+    `held_out` as in `calibration_windows`.
+    """
     mixture = Mixture.read(str(text.dataset))
     counts = dict(zip(mixture.sources, mixture.counts(text.nsamples), strict=True))
     parts = {  # texts before sampling, which takes longer to fail
-        source: calibration_windows(source, tokenizer, count, text.seqlen, text.seed, text.text_column)
+        source: calibration_windows(source, tokenizer, count, text.seqlen, text.seed, text.text_column, held_out)
         for source, count in counts.items()
         if source != SELF
     }

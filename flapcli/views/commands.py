@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from flapcli.architecture.flap_section import Healed
 from flapcli.artifacts.plan import Plan
 from flapcli.artifacts.stats import StatsHeader
 from flapcli.texts.mixture import Mixture
@@ -38,7 +39,22 @@ def apply_command(made_by: Mapping[str, Any], run_dir: str) -> str:
     return _join("apply", [], run_dir, options)
 
 
-def eval_command(settings: Mapping[str, Any], run_dir: str) -> str:
+def heal_command(healed: Healed, run_dir: str) -> str:
+    """Of adapters or all weights only those options that act."""
+    asked = healed.settings
+    options: dict[str, Any] = {
+        "dataset": Mixture.read(healed.dataset).named,
+        "text_column": _column(asked),
+        "hidden_layers": ",".join(map(str, asked["hidden_layers"])) or None,
+        "lora_rank": None if asked["full"] else asked["rank"],
+        "top_k": None if asked["online"] else asked["top_k"],
+        "windows_per_step": asked["step_windows"],
+    }
+    plain = ("tokens", "minutes", "seqlen", "seed", "dtype", "loss", "online", "full", "lr")
+    return _join("heal", [], run_dir, options | {key: asked[key] for key in plain})
+
+
+def eval_command(settings: Mapping[str, Any], run_dir: str, checkpoint: str | None = None) -> str:
     options: dict[str, Any] = {
         "perplexity": settings.get("perplexity", []),
         "tasks": ",".join(settings.get("tasks") or []) or None,
@@ -55,7 +71,7 @@ def eval_command(settings: Mapping[str, Any], run_dir: str) -> str:
             "speed_rounds": speed["rounds"],
             "threads": speed["threads"],
         }
-    return _join("eval", [], run_dir, options)
+    return _join("eval", [checkpoint] if checkpoint else [], run_dir, options)
 
 
 def _column(settings: Mapping[str, Any]) -> str | None:

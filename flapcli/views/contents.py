@@ -37,7 +37,12 @@ VIEWS: dict[type, View] = {
 
 def data_of(artifacts: Iterable[Any]) -> dict[str, Any]:
     """What JSON has of artifacts, by their names."""
-    return {VIEWS[type(made)].name: VIEWS[type(made)].data(made) for made in artifacts}
+    return {_name(made): VIEWS[type(made)].data(made) for made in artifacts}
+
+
+def _name(made: Any) -> str:
+    is_healed = isinstance(made, PrunedFolder) and made.flap.healed
+    return "healed" if is_healed else VIEWS[type(made)].name
 
 
 def inspect(path: Path) -> list[Any]:
@@ -49,7 +54,8 @@ def inspect(path: Path) -> list[Any]:
     if (path / "config.json").exists():
         return [load_pruned(path)]
     run = RunDir(path)
-    loads = {run.stats: _in_file, run.plan: _in_file, run.pruned: load_pruned, run.eval: _in_file, run.sweep: _in_file}
+    loads = {run.stats: _in_file, run.plan: _in_file, run.pruned: load_pruned, run.healed: load_pruned}
+    loads |= {run.eval: _in_file, run.sweep: _in_file}
     found = [load(part) for part, load in loads.items() if part.exists()]
     if not found:
         raise FlapError(f"{path} holds no artifact of flap: `flap run` makes them")

@@ -6,9 +6,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from flapcli import __version__
+from flapcli.architecture.flap_section import Healed
 from flapcli.artifacts.eval_report import EvalReport, load_report
 from flapcli.artifacts.plan import Plan, load_plan
-from flapcli.artifacts.pruned_folder import found_pruned
+from flapcli.artifacts.pruned_folder import PrunedFolder, found_pruned
 from flapcli.artifacts.reuse import refuse_other
 from flapcli.artifacts.run_dir import RunDir
 from flapcli.artifacts.stats import Stats, load_stats
@@ -16,7 +17,7 @@ from flapcli.errors import FlapError
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.hashing import sha256
 from flapcli.views import plots
-from flapcli.views.commands import APPLY, apply_command, calibrate_command, eval_command, plan_command
+from flapcli.views.commands import APPLY, apply_command, calibrate_command, eval_command, heal_command, plan_command
 from flapcli.views.compare import compare
 from flapcli.views.eval_rows import cost_rows, models_of, quality_rows, speed_lines
 
@@ -35,14 +36,17 @@ def write_page(run_dir: Path, out: Path, others: list[Path]) -> None:
         raise FlapError(f"{run_dir} holds neither plan.yaml nor eval.json: `flap run` makes them")
     pruned = found_pruned(run.pruned)
     made_by = pruned.flap.made_by.model_dump() if pruned else None
+    healed = _healed(run, pruned)
     belong = bool(plan and stats and sha256(run.stats) == plan.stats.sha256)
     name = plan.model.name if plan else report.checkpoint if report else ""
     place = str(run_dir)
+    measured = str(run.healed) if healed and report and Path(report.checkpoint).name == run.healed.name else None
     commands = [
         calibrate_command(stats.header, place) if stats else None,
         plan_command(plan, place) if plan else None,
         apply_command(made_by, place) if made_by else None,
-        eval_command(report.settings, place) if report else None,
+        heal_command(healed, place) if healed else None,
+        eval_command(report.settings, place, measured) if report else None,
     ]
     environment = Environment(loader=PackageLoader("flapcli.views", "."), autoescape=True, trim_blocks=True)
     environment.globals |= {f.__name__: f for f in (models_of, quality_rows, cost_rows, number)}
@@ -57,16 +61,25 @@ def write_page(run_dir: Path, out: Path, others: list[Path]) -> None:
         titles=plots.TITLES,
         kept=plots.svg(plots.kept_picture, plan),
         scores=plots.svg(plots.score_picture, stats, plan) if belong else None,
+        healed=healed,
+        healing=plots.svg(plots.healing_picture, healed),
         report=report,
         tasks=plots.svg(plots.task_picture, report),
         speed=plots.svg(plots.speed_picture, report),
         speed_lines=speed_lines(report) if report else [],
         comparison=compare([run_dir, *others]) if others else None,
-        settings=_settings(stats, plan, made_by, report),
+        settings=_settings(stats, plan, made_by, healed, report),
         commands=commands,
     )
     with atomic_file(out) as scratch:
         scratch.write_text(html, encoding="utf-8")
+
+
+def _healed(run: RunDir, pruned: PrunedFolder | None) -> Healed | None:
+    """How the run's healed folder was trained, where it comes of the pruned one that is there."""
+    found = found_pruned(run.healed)
+    same = found and pruned and found.flap.made_by.same_as(pruned.flap.made_by)
+    return found.flap.healed if found and same else None
 
 
 def number(value: Any) -> str:
@@ -89,11 +102,13 @@ def _mismatches(
         found.append("plan.yaml was made from other statistics than stats.safetensors: run `flap plan` again")
     if plan and made_by and made_by["plan_sha256"] != sha256(run.plan):
         found.append("pruned/ was made by another plan than plan.yaml: run `flap apply` again")
-    if report and (run.pruned / "config.json").exists():
+    folders = [folder for folder in (run.pruned, run.healed) if (folder / "config.json").exists()]
+    if report and folders:
         from flapcli.checkpoints import open_checkpoint
 
-        if report.settings.get("fingerprint") != open_checkpoint(str(run.pruned)).fingerprint:
-            found.append("eval.json is of another checkpoint than pruned/: run `flap eval` again")
+        if report.settings.get("fingerprint") not in [open_checkpoint(str(folder)).fingerprint for folder in folders]:
+            names = " and ".join(f"{folder.name}/" for folder in folders)
+            found.append(f"eval.json is of another checkpoint than {names}: run `flap eval` again")
     return found
 
 
@@ -118,7 +133,11 @@ def _tiles(plan: Plan | None, report: EvalReport | None) -> list[tuple[str, str,
 
 
 def _settings(
-    stats: Stats | None, plan: Plan | None, made_by: dict[str, Any] | None, report: EvalReport | None
+    stats: Stats | None,
+    plan: Plan | None,
+    made_by: dict[str, Any] | None,
+    healed: Healed | None,
+    report: EvalReport | None,
 ) -> dict[str, dict[str, str]]:
     """What was asked of every stage, and versions; long fingerprints cut short."""
     found: dict[str, dict[str, Any]] = {}
@@ -128,6 +147,8 @@ def _settings(
         found["plan"] = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
     if made_by:
         found["apply"] = {key: made_by[key] for key in ("version", *APPLY, "plan_sha256", "stats_sha256")}
+    if healed:
+        found["heal"] = healed.settings
     if report:
         found["eval"] = report.settings
     found["versions"] = (stats.header.versions if stats else {}) | (report.versions if report else {})

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from flapcli.architecture.flap_section import Healed
 from flapcli.architecture.shape import Module
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
@@ -155,6 +156,21 @@ def speed_picture(report: EvalReport) -> Figure | None:
     axes.invert_yaxis()
     axes.set_xlabel("times the dense speed")
     figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def healing_picture(healed: Healed) -> Figure:
+    """Losses over tokens: of what was trained on, and on held-out windows, with the point that was kept."""
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    axes = figure.subplots()
+    trained = [(point.tokens, point.training) for point in healed.curve if point.training is not None]
+    axes.plot(*zip(*trained, strict=True), "-o", color=DENSE, markersize=3, label="training")
+    read = {point.tokens: point.validation for point in healed.curve}
+    axes.plot(list(read), list(read.values()), "-o", color=KEPT, markersize=3, label="held out")
+    axes.plot([healed.best], [read[healed.best]], "o", color=LIMIT, label="kept")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(f"loss ({healed.settings['loss']})")
+    axes.legend()
     return figure
 
 

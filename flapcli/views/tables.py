@@ -92,7 +92,7 @@ def _say_of_widths(round_to: Any) -> None:
 def show_folder(folder: PrunedFolder) -> None:
     """What a pruned folder is."""
     flap, made_by = folder.flap, folder.flap.made_by
-    table = _pairs(f"pruned checkpoint {folder.path}")
+    table = _pairs(f"{'healed' if flap.healed else 'pruned'} checkpoint {folder.path}")
     table.add_row("made from", made_by.model.name)
     how = ", sequential" if made_by.sequential else ""
     masked = ", masked in place" if made_by.mask_only else ""
@@ -105,8 +105,12 @@ def show_folder(folder: PrunedFolder) -> None:
         values = getattr(flap, size)
         table.add_row(size, f"{min(values)} to {max(values)}, {sum(values):,} in all")
     table.add_row("weights", str(folder.config["dtype"]))
+    if healed := flap.healed:
+        table.add_row("healed", f"{healed.best:,} of {healed.tokens:,} tokens of {healed.dataset}")
+        loss = f"{healed.settings['loss']} {healed.before:.4f} -> {healed.after:.4f}"
+        table.add_row("loss on held-out windows", loss)
     out.print(table)
-    if flap.output_error:
+    if flap.output_error and not flap.healed:
         _show_output_errors(flap.output_error)
     counts = ", ".join(map(str, folder.tensor_parallel))
     out.print(f"tensor parallel sizes that divide every layer: {counts}", highlight=False, soft_wrap=True)

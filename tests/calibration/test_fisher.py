@@ -153,11 +153,11 @@ def test_out_of_memory_in_the_backward_pass_halves_the_batch(tiny, text_file, mo
 
 def test_resumed_equals_straight(tiny, flap, text_file, tmp_path, monkeypatch):
     """Interrupted after a checkpoint of some batches, the next run goes on to the same bits."""
-    from flapcli.calibration import in_memory as calibrate
     from flapcli.calibration.recorder import Recorder
+    from flapcli.storage import resume
 
-    monkeypatch.setattr(calibrate, "SECONDS_BETWEEN", 0)
-    monkeypatch.setattr(calibrate, "TIMES_ITS_COST", 0)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(resume, "TIMES_ITS_COST", 0)
     straight = calibrated(flap, tiny("qwen2"), text_file, tmp_path / "straight")
     commit, calls = Recorder.commit, []
 

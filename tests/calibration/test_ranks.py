@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from flapcli.artifacts.stats import load_stats
-from flapcli.calibration.job import refuse_unlike_ranks
 from flapcli.checkpoints import open_checkpoint
 from flapcli.errors import FlapError
+from flapcli.texts.calibration_text import refuse_unlike_ranks
 
 SUPPORT = Path(__file__).parents[1] / "support"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

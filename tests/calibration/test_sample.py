@@ -10,8 +10,8 @@ from support.models import load_dense, load_tokenizer
 from support.tokenizers_like import BOS, opening_with
 
 from flapcli.artifacts.stats import load_stats
-from flapcli.calibration.calibration_text import Sampling, sample_windows
 from flapcli.progress import Silent
+from flapcli.texts.calibration_text import Sampling, sample_windows
 
 EOS = 2
 

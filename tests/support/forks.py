@@ -13,12 +13,14 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import peft  # noqa: F401
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.mistral import modeling_mistral  # noqa: F401
 
 import flapcli.calibration.job
+import flapcli.healing.distillation
 import flapcli.pruning.companions
 import flapcli.pruning.sequential
 import flapcli.pruning.slicing  # noqa: F401

@@ -14,10 +14,11 @@ from support import models
 from support.forks import start, wait
 from transformers import LlamaConfig
 
-import flapcli.calibration.in_memory
+import flapcli.storage.resume
 
 CALIBRATE = "calibrate {model} --dataset {text} --nsamples 24 --seqlen 32 --batch-size 4"
 SWEEP = "sweep {model} --dataset {text} --nsamples 16 --seqlen 32 --batch-size 8 --perplexity {text} --keep"
+HEAL = "heal --dataset {text} --tokens 1500 --seqlen 16 --windows-per-step 8 --lora-rank 2 --top-k 16 --dtype float32"
 READY = (f"{CALIBRATE} --gram --stream", "plan --ratio 0.3", "apply --max-shard-size 60KB")
 
 
@@ -44,6 +45,7 @@ STAGES = {
     "plan": Stage("plan --ratio 0.3", "plan --ratio 0.2", 1, ("plan.yaml",)),
     "apply": Stage("apply --max-shard-size 60KB", "apply --compensate none", 2, ("pruned",)),
     "apply, sequential": Stage("apply --compensate lstsq --sequential", "apply", 2, ("pruned",)),
+    "heal": Stage(f"{HEAL} --lr 0.01", f"{HEAL} --lr 0.02", 3, ("healed", "teacher.safetensors")),
     "eval": Stage("eval --perplexity {text} --seqlen 32", "eval --perplexity {text} --seqlen 16", 3, ("eval.json",)),
     "export gguf": Stage(
         "export gguf --outtype f16", "export gguf --outtype f32", 3, ("pruned.gguf", "pruned.Modelfile")
@@ -60,7 +62,7 @@ class Place:
 
     def __init__(self, folder: Path, run: str = "run") -> None:
         torch.set_num_threads(1)
-        flapcli.calibration.in_memory.SECONDS_BETWEEN = flapcli.calibration.in_memory.TIMES_ITS_COST = 0
+        flapcli.storage.resume.SECONDS_BETWEEN = flapcli.storage.resume.TIMES_ITS_COST = 0
         self.folder, self.run, self.log = folder, folder / run, folder / "log"
         models.CONFIGS["deep"] = LlamaConfig(**models.SIZES | {"num_hidden_layers": 8}, **models.GQA)
         self.model = models.make_tiny(folder / "deep", "deep", shard="100KB", dtype=torch.bfloat16)

@@ -10,7 +10,6 @@ from support.measured import measure
 from support.models import load_tokenizer
 
 from flapcli.artifacts.stats import load_header, load_stats
-from flapcli.calibration.calibration_text import CalibrationText
 from flapcli.calibration.moments import Moments
 from flapcli.checkpoints import open_checkpoint
 from flapcli.errors import UsageError
@@ -18,6 +17,7 @@ from flapcli.execution.device import Runtime
 from flapcli.execution.ranks import Ranks
 from flapcli.execution.settings import CalibrateOptions
 from flapcli.progress import Silent
+from flapcli.texts.calibration_text import CalibrationText
 from flapcli.texts.corpus import calibration_windows
 from flapcli.texts.mixture import Mixture, combined
 

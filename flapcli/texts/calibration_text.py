@@ -1,4 +1,4 @@
-"""The windows of a calibration: from texts, from the model itself, or from several of these."""
+"""Token windows that a dense model is run on: from texts, from the model itself, or from several of these."""
 
 import random
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
-from flapcli.artifacts.self_text import SelfText, Window, load_selftext, path_beside, save_selftext
+from flapcli.artifacts.self_text import SelfText, Window, load_selftext, save_selftext
 from flapcli.artifacts.versions import versions
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
@@ -22,7 +22,7 @@ from flapcli.execution.settings import CalibrateOptions
 from flapcli.progress import Advance, Progress
 from flapcli.storage.dtypes import dtype_name
 from flapcli.texts.opening import opening, room_for_text
-from flapcli.texts.windows import mixture_windows
+from flapcli.texts.windows import mixture_windows, windows_sha256
 
 TOKENS_AT_ONCE = 8192  # as many as a batch holds at its end: 64 windows of 128
 
@@ -112,12 +112,12 @@ def _numbers(
 
 @dataclass
 class CalibrationText:
-    """The text of one calibration, whose statistics go into `out`.
+    """The text of one calibration, or of one healing; what the model writes itself is kept at `place`.
 
-    After `windows`, `model` is the model in memory where it had to be loaded, so that nobody loads it again.
+    After `windows` or `own`, `model` is the model in memory where it had to be loaded, so that nobody loads it again.
     """
 
-    out: Path
+    place: Path
     checkpoint: Checkpoint
     options: CalibrateOptions
     runtime: Runtime
@@ -135,13 +135,13 @@ class CalibrationText:
         The order changes no statistics beyond rounding; this way a source's part is one slice, and the same windows
         as that source alone gives. Raises FlapError where a text can't be had.
         """
-        windows = mixture_windows(self.options, self.tokenizer, lambda count: self._own(count, force, progress, ranks))
+        windows = mixture_windows(self.options, self.tokenizer, lambda count: self.own(count, force, progress, ranks))
         self.checkpoint.refuse_ids(windows)
         return windows
 
-    def _own(self, count: int, force: bool, progress: Progress, ranks: Ranks) -> NDArray[np.int64]:
+    def own(self, count: int, force: bool, progress: Progress, ranks: Ranks) -> NDArray[np.int64]:
         """The model's own text: what an earlier run sampled, else sampled now by all ranks and written by rank 0."""
-        path, options, runtime = path_beside(self.out), self.options, self.runtime
+        path, options, runtime = self.place, self.options, self.runtime
         known = self._known(path, count, force) if ranks.rank == 0 else None
         if found := ranks.agree(known)[0]:
             progress.note(f"{path}: up to date")
@@ -152,8 +152,9 @@ class CalibrationText:
                 f"calibrate the same ({count} windows of {options.seqlen}, seed {options.seed}) where it fits, with "
                 f"--no-stream, and copy the self.json that this writes to {path}; or give a text"
             )
-        progress.doing(f"loading {self.checkpoint.name}")
-        self.model = load_model(self.checkpoint, runtime.dtype, runtime.device, self.device_map)
+        if self.model is None:
+            progress.doing(f"loading {self.checkpoint.name}")
+            self.model = load_model(self.checkpoint, runtime.dtype, runtime.device, self.device_map)
         asked = Sampling(count, options.seqlen, options.seed, runtime.batch_size)
         windows = sample_windows(self.model, self.tokenizer, asked, progress, ranks)
         if ranks.rank == 0:
@@ -187,3 +188,15 @@ class CalibrationText:
             versions=versions(),
             windows=[Window(text=text, tokens=ids) for text, ids in zip(texts, tokens, strict=True)],
         )
+
+
+def refuse_unlike_ranks(ranks: Ranks, checkpoint: Checkpoint, windows: NDArray[np.int64], dtype: torch.dtype) -> None:
+    """Raise FlapError where ranks would add up sums of unlike things."""
+    mine = {"model": checkpoint.fingerprint, "text": windows_sha256(windows), "--dtype": dtype_name(dtype)}
+    first, *others = ranks.agree(mine)
+    for rank, theirs in enumerate(others, 1):
+        if unlike := [name for name in first if theirs[name] != first[name]]:
+            raise FlapError(
+                f"rank {rank} and rank 0 do not work on the same, they differ in: {', '.join(unlike)} (files, "
+                "versions of transformers, or what --dtype auto stands for): make them alike, or give --dtype"
+            )

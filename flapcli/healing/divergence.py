@@ -1,0 +1,68 @@
+"""How far next-token distributions are from the teacher's (METHOD.md, Healing)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flapcli.execution.settings import Loss
+
+LEAST = -60_000.0  # a log probability of 0 that float16 can hold
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """A teacher's distribution at n places, float32: log probabilities (n, k) of tokens `ids`, (n, k).
+
+    `rest` (n,) is that of all other tokens together. No `ids`: all tokens in order, and no `rest`.
+    """
+
+    logprobs: torch.Tensor
+    ids: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, k: int | None = None) -> "Likeliest":
+        """Of logits (n, vocabulary); k None keeps all."""
+        every = torch.log_softmax(logits.float(), -1).clamp_min(LEAST)
+        if k is None:
+            return cls(every)
+        logprobs, ids = every.topk(min(k, every.shape[-1]))
+        rest = every.scatter(-1, ids, -torch.inf).logsumexp(-1).clamp_min(LEAST)
+        return cls(logprobs, ids, rest)
+
+
+def divergence(logits: torch.Tensor, teacher: Likeliest) -> torch.Tensor:
+    """Kullback and Leibler's divergence from the teacher to `logits` (n, vocabulary) float32, (n,).
+
+    What the teacher leaves out counts as one token more, whose probability is that of all these together.
+    """
+    if teacher.ids is None or teacher.rest is None:
+        return _between(teacher.logprobs, torch.log_softmax(logits, -1))
+    whole = logits.logsumexp(-1, keepdim=True)
+    found = _between(teacher.logprobs, logits.gather(-1, teacher.ids) - whole)
+    if teacher.ids.shape[-1] == logits.shape[-1]:
+        return found
+    rest = logits.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1, keepdim=True) - whole
+    return found + _between(teacher.rest[:, None], rest)
+
+
+def _between(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor, teacher: Likeliest | None, loss: Loss) -> torch.Tensor:
+    """The loss at every place, (n,), of float32 logits (n, vocabulary) and the tokens that follow, (n,)."""
+    named = loss.split("+")
+    parts = []
+    if "kl" in named and teacher is not None:
+        parts.append(divergence(logits, teacher))
+    if "ce" in named:
+        parts.append(torch.nn.functional.cross_entropy(logits, ids, reduction="none"))
+    return torch.stack(parts).mean(0)
+
+
+def state_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of |s - t|^2 / |t|^2, of hidden states (..., hidden) behind one layer."""
+    student, teacher = student.float(), teacher.to(student.device).float()
+    off, size = (student - teacher).square().sum(-1), teacher.square().sum(-1)
+    return (off / size.clamp_min(torch.finfo(torch.float32).tiny)).sum()
