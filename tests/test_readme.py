@@ -3,11 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-import torch
-from support.pruned import IDS, logits
-from transformers import AutoModelForCausalLM
-
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -43,18 +38,3 @@ def test_the_stages_from_python(tiny, text_file, tmp_path, monkeypatch, capsys):
     assert found == ["eval.json", "plan.yaml", "pruned", "stats.safetensors"]
     dense, pruned = re.findall(r"\{.*?: ([\d.]+)\}", capsys.readouterr().out)
     assert float(dense) != float(pruned)
-
-
-def test_recovery_by_lora(tiny, prune, tmp_path):
-    pytest.importorskip("peft")
-    run = prune(tiny("llama-gqa"), tmp_path / "run")
-    folder = str(run / "pruned")
-    exec(replaced(block_with("LoraConfig"), ('"flap-run/pruned"', repr(folder)), ("STEPS = 100", "STEPS = 2")), {})
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
-        for path in (folder, f"{folder}-lora")
-    )
-    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (before, after)]
-    assert shapes[0] == shapes[1]
-    assert not torch.equal(logits(before), logits(after))
-    assert torch.isfinite(logits(after, IDS)).all()

@@ -1,4 +1,4 @@
-"""`flap run`: the four stages in one go. What is heavy is imported inside."""
+"""`flap run`: the stages in one go. What is heavy is imported inside."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def run(
         terminal.data(data_of(inspect(run_dir)) | unsaved)
     if failed:
         raise failed
-    terminal.note(f"all four stages: {terminal.duration(display.took)}")
+    terminal.note(f"all {'five' if stages.heal else 'four'} stages: {terminal.duration(display.took)}")
 
 
 def _go(

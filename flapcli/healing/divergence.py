@@ -30,6 +30,10 @@ class Likeliest:
         rest = every.scatter(-1, ids, -torch.inf).logsumexp(-1).clamp_min(LEAST)
         return cls(logprobs, ids, rest)
 
+    def to(self, device: torch.device) -> "Likeliest":
+        ids, rest = (None if each is None else each.to(device) for each in (self.ids, self.rest))
+        return Likeliest(self.logprobs.to(device), ids, rest)
+
 
 def divergence(logits: torch.Tensor, teacher: Likeliest) -> torch.Tensor:
     """Kullback and Leibler's divergence from the teacher to `logits` (n, vocabulary) float32, (n,).

@@ -82,7 +82,7 @@ class Objective:
     def _rows_loss(self, rows: torch.Tensor, ids: torch.Tensor, targets: Targets | None, part: slice) -> torch.Tensor:
         with self.student.autocast:
             logits = self.student.forward.logits(rows)
-        likeliest = targets.rows(part) if targets and self.loss != "ce" else None
+        likeliest = targets.rows(part).to(logits.device) if targets and self.loss != "ce" else None
         return token_losses(logits, ids.to(logits.device), likeliest, self.loss).sum()
 
     def _hidden_loss(self, hidden: list[torch.Tensor], targets: Targets) -> torch.Tensor:

@@ -5,6 +5,7 @@ Imports torch only to compute.
 
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from flapcli.architecture.flap_section import FlapSection
 from flapcli.artifacts.dense_model import dense_of
 from flapcli.artifacts.pruned_folder import PRUNED, PrunedFolder, check_not_source, is_whole, keeps_old, load_pruned
-from flapcli.artifacts.run_dir import hold
+from flapcli.artifacts.run_dir import RunDir, hold
 from flapcli.checkpoints import Checkpoint, Hub, open_checkpoint
 from flapcli.errors import FlapError, UsageError
 from flapcli.execution.processes import several_ranks
@@ -52,7 +53,10 @@ def heal(
     folder, and where the dense model or a text can't be had.
     """
     check(options)
-    with several_ranks(execution.rank_timeout) as ranks, hold(out, ranks.rank if ranks else 0):
+    teacher = inputs.teacher or out.with_name(RunDir().teacher.name)
+    with several_ranks(execution.rank_timeout) as ranks, ExitStack() as held:
+        for place in (out, teacher):  # no other run may replace what this one reads
+            held.enter_context(hold(place, ranks.rank if ranks else 0))
         progress.doing(f"opening {checkpoint}")
         folder = load_pruned(checkpoint)
         check_not_source(out, checkpoint)
@@ -66,7 +70,7 @@ def heal(
         options = _resolved(options, folder.flap, pruned)
         text_sha256 = Mixture.read(str(options.dataset)).sha256()
         request = HealingRequest(
-            out, folder, pruned, dense, options, execution, inputs.teacher or out.with_name("teacher.safetensors"),
+            out, folder, pruned, dense, options, execution, teacher,
             input_sha256(folder.flap), text_sha256,
         )  # fmt: skip
 

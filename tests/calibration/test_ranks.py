@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flapcli.artifacts.pruned_folder import load_pruned
 from flapcli.artifacts.stats import load_stats
 from flapcli.checkpoints import open_checkpoint
 from flapcli.errors import FlapError
@@ -69,6 +70,23 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(found.mean, stats.mean, rtol=1e-5, atol=1e-5 * np.sqrt(stats.variance).max())
         gram = theirs.gram(*key)
         np.testing.assert_allclose(ours.gram(*key), gram, rtol=1e-4, atol=1e-5 * gram.max())
+
+
+def test_ranks_heal_as_one_process_does(tiny, prune, ranks, text_file, tmp_path):
+    """Gradients are summed over ranks, every rank takes the same step, and rank 0 writes; the last step is uneven."""
+    run = prune(tiny("llama-gqa"), tmp_path / "run")
+    command = ["heal", "-d", run, "--dataset", text_file, "--tokens", 700, "--seqlen", 24, "--windows-per-step", 7,
+               "--lr", 0.01, "--dtype", "float32", "--top-k", 32, "--rank-timeout", 20]  # fmt: skip
+    made = []
+    for size in (1, 2):
+        out = tmp_path / f"healed by {size}"
+        found = ranks(size, *command, "-o", out)
+        assert [code for code, *_ in found] == [0] * size, found
+        assert sum("written" in err for _, _, err in found) == 1
+        made.append(load_pruned(out).flap.healed)
+    assert made[1].after == pytest.approx(made[0].after, rel=1e-4)
+    for one, two in zip(made[0].curve, made[1].curve, strict=True):
+        assert two.training == (one.training and pytest.approx(one.training, rel=1e-4))
 
 
 def test_ranks_that_differ_are_named(tiny):

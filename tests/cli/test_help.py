@@ -15,6 +15,7 @@ DEFAULTS = {
         "0.01; 0.3 with --sequential, where it holds every fit near the one without",
         "what the plan's --target-size was counted in, else the source's",
     ],
+    "heal": ["DIR/pruned", "the calibration's text and self, half each", "1000000", "0.001; 5e-05 with --full"],
     "eval": ["DIR/pruned", "the calibration text's test part", "the task's own or 0", "its own choice"],
     "run": ["0.2", "wikitext2; pydoc for demo", "the source's"],
     "sweep": ["0.1,0.2,0.3,0.5", "the source's"],
@@ -42,5 +43,6 @@ def test_options_of_run_stand_in_panels(flap, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = flap("run", "--help").stdout
     panels = re.findall(r"^╭─ (.+?) ─", text, re.MULTILINE)
-    assert panels == ["Arguments", "Options", "Plan", "Apply", "Text", "Calibration", "Evaluation", "Execution", "Hub"]
+    stages = ["Plan", "Apply", "Healing", "Text", "Calibration", "Evaluation", "Execution", "Hub"]
+    assert panels == ["Arguments", "Options", *stages]
     assert text.index("─ Plan ─") < text.index("--ratio ") < text.index("─ Apply ─") < text.index("--compensate ")
