@@ -106,7 +106,11 @@ def _adapted(layers: torch.nn.Module, prefix: str, options: HealOptions) -> dict
     names = [name for name in names if layers.get_submodule(name).weight.numel()]  # type: ignore[operator]
     if names:
         torch.manual_seed(options.seed)
-        config = LoraConfig(r=options.rank, lora_alpha=SCALE * options.rank, target_modules=names, lora_dropout=0.0)
+        transposed = isinstance(layers.get_submodule(names[0]), Conv1D)
+        config = LoraConfig(
+            r=options.rank, lora_alpha=SCALE * options.rank, target_modules=names, lora_dropout=0.0,
+            fan_in_fan_out=transposed,
+        )  # fmt: skip
         inject_adapter_in_model(config, layers)
     found = {f"{prefix}{name}": p for name, p in layers.named_parameters() if ".lora_" in name}
     for parameter in found.values():
