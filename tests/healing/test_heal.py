@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.families import make_family
 from support.models import load_tokenizer
-from support.pruned import load_pruned, logits, without_flapcli
+from support.pruned import IDS, load_pruned, logits, without_flapcli
 from support.stages import contents
 from transformers import AutoModelForCausalLM
 
@@ -182,12 +182,21 @@ def test_eval_export_and_heal_take_the_folder(heal, flap, text_file):
     flap("report", "-d", run)
     page = (run / "report.html").read_text()
     assert "<h2>Healing</h2>" in page and "flap heal -d" in page and "another checkpoint" not in page
-    flap("export", "gguf", run / "healed", "-d", run)
+    flap("export", "gguf", run / "healed", "-d", run, "--outtype", "f32")
     flap("generate", "the", "--checkpoint", run / "healed", "--max-new-tokens", 2)
     flap("heal", run / "healed", "-d", run, "-o", run / "twice", "--dataset", text_file, "--top-k", 320, *SMALL)
     assert record(run / "twice").before == pytest.approx(record(run / "healed").after, rel=1e-4)
     flap("apply", "-d", run, "--compensate", "none")
     assert "healed: written" in heal()[1]  # of another pruned folder
+
+
+def test_llamacpp_computes_what_torch_computes(heal, flap, tmp_path):
+    llamacpp = pytest.importorskip("support.llamacpp", reason="the extra gguf-test brings it", exc_type=ImportError)
+    run, _ = heal()
+    flap("export", "gguf", run / "healed", "-o", tmp_path / "x.gguf", "--outtype", "f32")
+    expected = logits(load_pruned(run / "healed"))[0, -1].log_softmax(-1)
+    found = torch.from_numpy(llamacpp.LlamaCpp(tmp_path / "x.gguf", 320).next_logprobs(IDS[0].tolist()))
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "qwen3_moe", "gemma3_text"])

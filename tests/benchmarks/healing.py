@@ -1,0 +1,91 @@
+"""What healing gives back: the scoreboard's demo pruned, trained on so many tokens by each loss, read on two texts.
+
+    pip download --no-deps gensim
+    python tests/benchmarks/healing.py --news gensim-*.whl --dir /tmp/healing --tokens 250000
+
+SmolLM2-135M-Instruct calibrated on 128 windows of pydoc, then trained on pydoc and own text, half each, by divergence
+from the dense model (kl) and by cross entropy as people do without a teacher (ce); with `--loss ce-pydoc` on pydoc
+alone. Texts and types as in quality.py. Rows that are in DIR/rows.jsonl are not measured again.
+"""
+
+import argparse
+import time
+from itertools import product
+from pathlib import Path
+
+from paper import flap
+from quality import METHODS, Rows, dense, perplexities, write_news
+
+from flapcli.artifacts.pruned_folder import load_pruned
+
+LOSSES = {
+    "kl": ("--loss", "kl", "--dataset", "pydoc", "--dataset", "self"),
+    "ce": ("--loss", "ce", "--dataset", "pydoc", "--dataset", "self"),
+    "ce-pydoc": ("--loss", "ce", "--dataset", "pydoc"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--news", type=Path, required=True, help="gensim's wheel")
+    parser.add_argument("--dir", type=Path, required=True, help="work folder, kept")
+    parser.add_argument("--methods", default="best,paper")
+    parser.add_argument("--ratios", default="0.2,0.3,0.5")
+    parser.add_argument("--tokens", default="250000,1000000,4000000")
+    parser.add_argument("--loss", default="kl,ce")
+    asked = parser.parse_args()
+    asked.dir.mkdir(parents=True, exist_ok=True)
+    rows, news = Rows(asked.dir / "rows.jsonl"), write_news(asked.news, asked.dir / "news.txt")
+    rows.measure(("dense",), lambda: dense("demo", asked.dir, news))
+    for method, ratio in product(asked.methods.split(","), asked.ratios.split(",")):
+        run = asked.dir / f"{method}-{ratio}"
+        rows.measure((method, ratio, "0", ""), lambda m=method, r=ratio, d=run: pruned(d, m, r, news))
+        for tokens, loss in product(asked.tokens.split(","), asked.loss.split(",")):
+            key = (method, ratio, tokens, loss)
+            rows.measure(key, lambda d=run, t=tokens, name=loss: healed(d, t, name, news))
+    table(rows)
+
+
+def pruned(run: Path, method: str, ratio: str, news: str) -> dict[str, float]:
+    calibrate, plan, apply = METHODS[method]
+    flap("calibrate", "demo", "-d", str(run), "--dataset", "pydoc", "--nsamples", "128", *calibrate.split())
+    flap("plan", "-d", str(run), "--ratio", ratio, *plan.split())
+    flap("apply", "-d", str(run), "--dtype", "bfloat16", *apply.split())
+    return perplexities(run, [], news)
+
+
+def healed(run: Path, tokens: str, loss: str, news: str) -> dict[str, float]:
+    """Perplexities of the healed folder, and seconds that healing took, the teacher's answers there or not."""
+    out, began = run / f"{loss}-{tokens}", time.monotonic()
+    flap("heal", "-d", str(run), "-o", str(out), "--tokens", tokens, *LOSSES[loss])
+    took = time.monotonic() - began
+    if not out.exists():
+        return perplexities(run, [], news) | {"seconds": took}
+    made = load_pruned(out).flap.healed
+    assert made is not None
+    losses = {"before": made.before, "after": made.after, "best": made.best}
+    return perplexities(run, [str(out)], news) | losses | {"seconds": took}
+
+
+def table(rows: Rows) -> None:
+    """Markdown: what of the dense model's perplexities is lost, and which share of it came back."""
+    whole = rows.found["dense",]
+    print("| | ratio | tokens | loss | pydoc | news | of what is lost on news came back | seconds |\n|" + "---|" * 8)
+    for (method, *rest), row in rows.found.items():
+        if not rest:
+            continue
+        lost = rows.found[method, rest[0], "0", ""]["news"] - whole["news"]
+        back = (lost + whole["news"] - row["news"]) / lost
+        cells = [
+            method,
+            *rest,
+            f"{row['pydoc']:.2f}",
+            f"{row['news']:.1f}",
+            f"{back:.0%}",
+            f"{row.get('seconds', 0):.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
