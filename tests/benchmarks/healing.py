@@ -10,18 +10,21 @@ alone. Texts and types as in quality.py. Rows that are in DIR/rows.jsonl are not
 
 import argparse
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from paper import flap
 from quality import METHODS, Rows, dense, perplexities, write_news
 
-from flapcli.artifacts.pruned_folder import load_pruned
+from flapcli.execution.settings import HealOptions
+from flapcli.healing.stage import HealInputs, heal
 
+BOTH = "pydoc:0.5+self:0.5"
 LOSSES = {
-    "kl": ("--loss", "kl", "--dataset", "pydoc", "--dataset", "self"),
-    "ce": ("--loss", "ce", "--dataset", "pydoc", "--dataset", "self"),
-    "ce-pydoc": ("--loss", "ce", "--dataset", "pydoc"),
+    "kl": HealOptions(dataset=BOTH, loss="kl"),
+    "ce": HealOptions(dataset=BOTH, loss="ce"),
+    "ce-pydoc": HealOptions(dataset="pydoc", loss="ce"),
 }
 
 
@@ -37,12 +40,14 @@ def main() -> None:
     asked.dir.mkdir(parents=True, exist_ok=True)
     rows, news = Rows(asked.dir / "rows.jsonl"), write_news(asked.news, asked.dir / "news.txt")
     rows.measure(("dense",), lambda: dense("demo", asked.dir, news))
-    for method, ratio in product(asked.methods.split(","), asked.ratios.split(",")):
+    cuts = list(product(asked.methods.split(","), asked.ratios.split(",")))
+    for method, ratio in cuts:
         run = asked.dir / f"{method}-{ratio}"
         rows.measure((method, ratio, "0", ""), lambda m=method, r=ratio, d=run: pruned(d, m, r, news))
-        for tokens, loss in product(asked.tokens.split(","), asked.loss.split(",")):
-            key = (method, ratio, tokens, loss)
-            rows.measure(key, lambda d=run, t=tokens, name=loss: healed(d, t, name, news))
+    for tokens, (method, ratio), loss in product(asked.tokens.split(","), cuts, asked.loss.split(",")):
+        run, options = asked.dir / f"{method}-{ratio}", replace(LOSSES[loss], tokens=int(tokens))
+        out = run / f"{loss}-{tokens}"
+        rows.measure((method, ratio, tokens, loss), lambda r=run, o=out, given=options: healed(r, o, given, news))
     table(rows)
 
 
@@ -54,17 +59,16 @@ def pruned(run: Path, method: str, ratio: str, news: str) -> dict[str, float]:
     return perplexities(run, [], news)
 
 
-def healed(run: Path, tokens: str, loss: str, news: str) -> dict[str, float]:
-    """Perplexities of the healed folder, and seconds that healing took, the teacher's answers there or not."""
-    out, began = run / f"{loss}-{tokens}", time.monotonic()
-    flap("heal", "-d", str(run), "-o", str(out), "--tokens", tokens, *LOSSES[loss])
-    took = time.monotonic() - began
-    if not out.exists():
-        return perplexities(run, [], news) | {"seconds": took}
-    made = load_pruned(out).flap.healed
+def healed(run: Path, out: Path, options: HealOptions, news: str) -> dict[str, float]:
+    """Perplexities of the healed folder, and seconds that healing took, what it keeps for all of them there or not."""
+    began = time.monotonic()
+    folder, _ = heal(run / "pruned", out, options, HealInputs(teacher=run.with_name("teacher.safetensors")))
+    took = {"seconds": time.monotonic() - began}
+    if folder is None:  # no better, so that the pruned one stays
+        return perplexities(run, [], news) | took
+    made = folder.flap.healed
     assert made is not None
-    losses = {"before": made.before, "after": made.after, "best": made.best}
-    return perplexities(run, [str(out)], news) | losses | {"seconds": took}
+    return perplexities(run, [str(out)], news) | {"before": made.before, "after": made.after, "best": made.best} | took
 
 
 def table(rows: Rows) -> None:
