@@ -1,5 +1,6 @@
 """The model card of a pruned folder (README.md), in the hub's form: YAML metadata, then what people read."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,27 @@ from flapcli.architecture.parallel import device_counts
 from flapcli.architecture.wrapper import AUTO_CLASS, wrappers
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, load_plan
-from flapcli.artifacts.pruned_folder import CARD_MARK, PrunedFolder, is_own_card
+from flapcli.artifacts.pruned_folder import CARD, CARD_MARK, PrunedFolder, file_sizes, is_own_card
 from flapcli.artifacts.shared_names import is_local, shared_name, shared_text
 from flapcli.checkpoints.locate import DEMO, DEMO_HUB_ID
 from flapcli.errors import FlapError
 from flapcli.storage.atomic import atomic_file
 
 
+def seal(folder: Path, config: dict[str, Any], section: FlapSection, plan: Plan) -> None:
+    """Write card and config.json into a folder that holds all else; `section` is what the latter says under `flap`.
+
+    config.json is the last, for what is newer is the user's.
+    """
+    card = model_card(config | {"flap": section.as_json()}, plan, None)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    whole = section.model_copy(update={"files": file_sizes(folder)}).as_json()
+    (folder / "config.json").write_text(json.dumps(config | {"flap": whole}, indent=2) + "\n", encoding="utf-8")
+
+
 def renew_card(folder: PrunedFolder, report: EvalReport) -> None:
     """Put measured perplexities into the card of a pruned folder, unless its owner took the card over."""
-    path = folder.path / "README.md"
+    path = folder.path / CARD
     if is_own_card(path):
         card = model_card(folder.config, load_plan(folder.path / "plan.yaml"), report)
         if card != path.read_text(encoding="utf-8"):

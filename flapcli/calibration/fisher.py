@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy
 
-TOKENS = 256  # tokens whose logits exist at once
+from flapcli.execution.head import loss_and_gradient
 
 
 def gate_gradients(x: torch.Tensor, gradient: torch.Tensor, channels: int) -> torch.Tensor:
@@ -19,22 +19,15 @@ def loss_gradient(
 ) -> torch.Tensor:
     """dL/d(states) for what the head makes logits of, (batch, seqlen, hidden), and token ids (batch, seqlen).
 
-    Of the tokens from `start` on; the loss is float32 whatever the model runs in. Positions that predict none of these,
-    as the last of a window, have zeros.
+    Of the tokens from `start` on; the loss is float32 whatever the model runs in.
     """
-    predicting = slice(start - 1, -1)
-    rows = states[:, predicting].flatten(0, 1).detach()
     targets = ids[:, start:].flatten()
-    parts = []
-    for part, target in zip(rows.split(TOKENS), targets.split(TOKENS), strict=True):
-        with torch.enable_grad():
-            leaf = part.requires_grad_()
-            logits = head(leaf[None])[0].float()
-            loss = cross_entropy(logits, target.to(logits.device), reduction="sum")
-        parts += torch.autograd.grad(loss, leaf)
-    gradient = torch.zeros_like(states)
-    gradient[:, predicting] = torch.cat(parts).view_as(gradient[:, predicting])
-    return gradient
+
+    def loss(rows: torch.Tensor, part: slice) -> torch.Tensor:
+        logits = head(rows[None])[0].float()
+        return cross_entropy(logits, targets[part].to(logits.device), reduction="sum")
+
+    return loss_and_gradient(states, start, loss)[1]
 
 
 def track(model: torch.nn.Module) -> None:

@@ -13,7 +13,8 @@ from flapcli.calibration.workload import Workload
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import STREAM, Batches, Within
-from flapcli.execution.loading import head_of, layers_of, load_model
+from flapcli.execution.head import head_of
+from flapcli.execution.loading import layers_of, load_model
 from flapcli.storage.resume import Pauses, Resume
 
 FORWARD_AND_BACKWARD = 3  # times what forward alone takes

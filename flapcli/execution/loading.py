@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
 from flapcli.architecture import modeling_flap
@@ -79,24 +78,6 @@ def _spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
 def layers_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[torch.nn.Module]:
     """The decoder's layers, in order."""
     return [model.get_submodule(checkpoint.family.layer.format(i=i)) for i in range(checkpoint.shape.num_layers)]
-
-
-class _DecoderOutput(MoeModelOutputWithPast):
-    """Whatever else a model's own code asks of its decoder is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-def head_of(model: PreTrainedModel, decoder: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes logits of the decoder's output, scale and cap included: the model's own code after its decoder."""
-
-    def head(states: torch.Tensor) -> torch.Tensor:
-        with in_place_of([decoder], lambda *_, **__: _DecoderOutput(last_hidden_state=states)):
-            return model(inputs_embeds=states, use_cache=False).logits
-
-    return head
 
 
 @contextmanager

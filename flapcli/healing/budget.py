@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flapcli.execution.batches import Batches
+from flapcli.execution.head import parts_of
 from flapcli.healing.healing_text import HealingText
 from flapcli.healing.work import Work
 from flapcli.progress import Silent
@@ -40,37 +41,59 @@ def tokens_within(work: Work) -> int:
 
 def _seconds_per_token(work: Work) -> float:
     """Of all that a token takes: to be written by the dense model where it writes its own text, said, and learnt."""
-    request, quiet = work.request, replace(work, progress=Silent())
+    request = work.request
     options, draw = request.options, np.random.default_rng(0)
     shape = (options.step_windows, options.seqlen)
     text = HealingText(draw.integers(0, request.dense.vocabulary, shape), 0)
-    mixture, found = Mixture.read(str(options.dataset)), 0.0
-    if SELF in mixture.sources:
-        share = mixture.weights[mixture.sources.index(SELF)] / sum(mixture.weights)
-        windows = max(1, TOKENS_AT_ONCE // options.seqlen)
-        length = len(opening(work.text.tokenizer)) + SAMPLED
-        asked = Sampling(windows, length, batch_size=windows)
-        found += share * _timed(lambda: sample_windows(work.dense, work.text.tokenizer, asked, Silent()).size)
-    if request.teaches and not options.online:
-        teacher = work.online_teacher(options.top_k)
+    cached = request.teaches and not options.online
+    before = _writing(work) + (_saying(work, text) if cached else 0.0)
+    return before + VALIDATION * _learning(replace(work, progress=Silent()), text)
 
-        def say(part: slice) -> None:
-            targets = teacher.targets(part, torch.from_numpy(text.windows[part]))
-            targets.rows(slice(None))
 
-        batches = Batches(options.seqlen, teacher.forward.device, request.execution.batch_size, Silent())
+def _writing(work: Work) -> float:
+    """Seconds per token of the text, of which the dense model writes its share."""
+    options, mixture = work.request.options, Mixture.read(str(work.request.options.dataset))
+    if SELF not in mixture.sources:
+        return 0.0
+    share = mixture.weights[mixture.sources.index(SELF)] / sum(mixture.weights)
+    windows = max(1, TOKENS_AT_ONCE // options.seqlen)
+    asked = Sampling(windows, len(opening(work.text.tokenizer)) + SAMPLED, batch_size=windows)
+    return share * _timed(lambda: sample_windows(work.dense, work.text.tokenizer, asked, Silent()).size)
 
-        def say_all() -> int:
-            batches.run(options.step_windows, say)
-            return text.windows.size
 
-        found += _timed(say_all)
-    beside = work.online_teacher(None) if options.online and request.teaches else None
-    if beside is None:
+def _saying(work: Work, text: HealingText) -> float:
+    """Seconds per token that the dense model takes to say what follows."""
+    request, teacher = work.request, work.online_teacher(work.request.options.top_k)
+    device, seqlen = teacher.forward.device, request.options.seqlen
+    batches = Batches(seqlen, device, request.execution.batch_size, Silent())
+
+    def say(part: slice) -> None:
+        targets = teacher.targets(part, torch.from_numpy(text.windows[part]))
+        for rows in parts_of((part.stop - part.start) * (seqlen - work.start)):
+            targets.rows(rows)
+
+    def say_all() -> int:
+        batches.run(len(text.windows), say)
+        return text.windows.size
+
+    return _timed(say_all)
+
+
+def _learning(work: Work, text: HealingText) -> float:
+    """Seconds per token of the optimiser's steps, the dense model beside the student where it is asked as it goes."""
+    options, teacher = work.request.options, None
+    if options.online and work.request.teaches:
+        teacher = work.online_teacher(None)
+    else:
         work.forget_dense()
-    trainer = quiet.trainer(beside, text, 2, options.loss if beside else "ce")
+    trainer = work.trainer(teacher, text, 2, options.loss if teacher else "ce")
     optimiser = torch.optim.AdamW(trainer.objective.student.trained.values())
-    return found + VALIDATION * _timed(lambda: int(trainer.step(optimiser, 0) < np.inf) * text.windows.size)
+
+    def learn() -> int:
+        trainer.step(optimiser, 0)
+        return text.windows.size
+
+    return _timed(learn)
 
 
 def _timed(work: Callable[[], int]) -> float:

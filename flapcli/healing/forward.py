@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flapcli.checkpoints import Checkpoint
-from flapcli.execution.loading import head_of
+from flapcli.execution.head import head_of
 
 
 class Forward:

@@ -1,17 +1,18 @@
 """What the student is held to, and the gradient of it, a batch of windows at a time (METHOD.md, Healing)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from flapcli.execution.head import loss_and_gradient, parts_of, predicting
 from flapcli.execution.settings import Loss
 from flapcli.healing.divergence import state_loss, token_losses
 from flapcli.healing.healing_text import HealingText
 from flapcli.healing.student import Student
 from flapcli.healing.teacher import Targets, Teacher
 
-ROWS = 256  # tokens whose logits exist at once
+RowsLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,17 @@ class Objective:
     @torch.no_grad()
     def value(self, places: slice) -> float:
         """The loss of the windows at these places of the text."""
-        states, hidden, ids, targets = self._forward(places)
-        rows = self._predicting(states)
-        losses = (float(self._rows_loss(rows[part], ids[part], targets, part)) for part in self._parts(len(rows)))
+        states, hidden, loss_of, targets = self._forward(places)
+        rows = predicting(states, self.start)
+        losses = (float(loss_of(rows[part], part)) for part in parts_of(len(rows)))
         return sum(losses) + (float(self._hidden_loss(hidden, targets)) if hidden and targets else 0.0)
 
     def gradients(
         self, places: slice, parameters: Sequence[torch.nn.Parameter]
     ) -> tuple[float, Sequence[torch.Tensor | None]]:
-        """The loss, and what it says to every parameter.
-
-        The head takes a few tokens at once; the rest of the way back is one pass through the decoder.
-        """
-        states, hidden, ids, targets = self._forward(places)
-        rows, value = self._predicting(states).detach(), 0.0
-        found: list[torch.Tensor] = []
-        for part in self._parts(len(rows)):
-            leaf = rows[part].requires_grad_()
-            loss = self._rows_loss(leaf, ids[part], targets, part)
-            found += torch.autograd.grad(loss, leaf)
-            value += loss.item()
-        gradient = torch.zeros_like(states)
-        gradient[:, self.start - 1 : -1] = torch.cat(found).view(len(states), self.predicted, -1)
+        """The loss, and what it says to every parameter, by one pass back through the decoder."""
+        states, hidden, loss_of, targets = self._forward(places)
+        value, gradient = loss_and_gradient(states, self.start, loss_of)
         ends, seeds = [states], [gradient]
         if hidden and targets:
             apart = self._hidden_loss(hidden, targets)
@@ -64,33 +54,24 @@ class Objective:
             ends, seeds = [states, apart], [gradient, torch.ones_like(apart)]
         return value, torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
 
-    def _forward(self, places: slice) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, Targets | None]:
-        """The student's states and hidden states, the tokens to be predicted, (n,), and what the teacher says."""
+    def _forward(self, places: slice) -> tuple[torch.Tensor, list[torch.Tensor], RowsLoss, Targets | None]:
+        """The student's states and hidden states, what makes losses of its states' rows, and what the teacher says."""
         ids = torch.from_numpy(self.text.windows[places])
         with self.student.autocast:
             states, hidden = self.student.forward.states(ids)
         targets = self.teacher.targets(places, ids) if self.teacher else None
-        return states, hidden, ids[:, self.start :].flatten().to(states.device), targets
+        following = ids[:, self.start :].flatten()
 
-    def _predicting(self, states: torch.Tensor) -> torch.Tensor:
-        """Rows (n, hidden) of the places that predict a token."""
-        return states[:, self.start - 1 : -1].flatten(0, 1)
+        def loss_of(rows: torch.Tensor, part: slice) -> torch.Tensor:
+            with self.student.autocast:
+                logits = self.student.forward.logits(rows)
+            likeliest = targets.rows(part).to(logits.device) if targets and self.loss != "ce" else None
+            return token_losses(logits, following[part].to(logits.device), likeliest, self.loss).sum()
 
-    def _parts(self, rows: int) -> Iterator[slice]:
-        return (slice(first, min(first + ROWS, rows)) for first in range(0, rows, ROWS))
-
-    def _rows_loss(self, rows: torch.Tensor, ids: torch.Tensor, targets: Targets | None, part: slice) -> torch.Tensor:
-        with self.student.autocast:
-            logits = self.student.forward.logits(rows)
-        likeliest = targets.rows(part).to(logits.device) if targets and self.loss != "ce" else None
-        return token_losses(logits, ids.to(logits.device), likeliest, self.loss).sum()
+        return states, hidden, loss_of, targets
 
     def _hidden_loss(self, hidden: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         """Mean over layers, sum over places that predict."""
         pairs = zip(hidden, targets.hidden, strict=True)
-        return torch.stack(
-            [
-                state_loss(self._predicting(ours), self._predicting(theirs)).to(hidden[0].device)
-                for ours, theirs in pairs
-            ]
-        ).mean()
+        losses = [state_loss(predicting(ours, self.start), predicting(theirs, self.start)) for ours, theirs in pairs]
+        return torch.stack([loss.to(hidden[0].device) for loss in losses]).mean()

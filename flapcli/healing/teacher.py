@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from flapcli.execution.head import predicting
 from flapcli.healing.divergence import Likeliest
 from flapcli.healing.forward import Forward
 
@@ -30,7 +31,7 @@ class _Computed:
     @torch.no_grad()
     def __init__(self, forward: Forward, ids: torch.Tensor, start: int, k: int | None) -> None:
         states, self.hidden = forward.states(ids)
-        self._states, self._forward, self._k = states[:, start - 1 : -1].flatten(0, 1), forward, k
+        self._states, self._forward, self._k = predicting(states, start), forward, k
 
     @torch.no_grad()
     def rows(self, part: slice) -> Likeliest:

@@ -13,9 +13,8 @@ from flapcli.architecture.flap_section import FlapSection, MadeBy, ModuleLayout
 from flapcli.architecture.rows import evaluate
 from flapcli.architecture.shape import COUNTS, OWN_SIZES, LayerShape, Module
 from flapcli.architecture.wrapper import AUTO_CLASS, changed
-from flapcli.artifacts.model_card import model_card
+from flapcli.artifacts.model_card import seal
 from flapcli.artifacts.plan import save_plan
-from flapcli.artifacts.pruned_folder import file_sizes
 from flapcli.checkpoints import Checkpoint
 from flapcli.pruning.cut import cut_of
 from flapcli.pruning.layout import Layout
@@ -33,11 +32,7 @@ def write_companions(folder: Path, layout: Layout, made_by: MadeBy, report: FitR
         shutil.copyfile(modeling_flap.__file__, folder / MODELING)
     save_plan(folder / "plan.yaml", layout.plan)
     _write_tokenizer(folder, layout.checkpoint)
-    config = _config(layout, section)
-    (folder / "README.md").write_text(model_card(config, layout.plan, None), encoding="utf-8")
-    # The last, for what is newer than config.json is the user's.
-    config["flap"] = section.model_copy(update={"files": file_sizes(folder)}).as_json()
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    seal(folder, _config(layout), section, layout.plan)
 
 
 def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
@@ -61,8 +56,8 @@ def _section(layout: Layout, made_by: MadeBy, report: FitReport) -> FlapSection:
     )
 
 
-def _config(layout: Layout, section: FlapSection) -> dict[str, Any]:
-    """config.json: the source's, with what the layout changes."""
+def _config(layout: Layout) -> dict[str, Any]:
+    """config.json but for what is under `flap`: the source's, with what the layout changes."""
     checkpoint, wrapper = layout.checkpoint, layout.checkpoint.wrapper
     source = checkpoint.config_in_files if wrapper else checkpoint.config
     config = {key: value for key, value in source.items() if key not in ("torch_dtype", "flap", "auto_map")}
@@ -76,7 +71,7 @@ def _config(layout: Layout, section: FlapSection) -> dict[str, Any]:
         classes = {auto_class: name, "AutoModel": MODEL_MAPPING_NAMES[config["model_type"]]}
         made = {auto: f"{MODELING[:-3]}.Flap{own}" for auto, own in classes.items()}
         config |= {"architectures": [f"Flap{name}"], "auto_map": made}
-    return config | _old_rope(config) | {"dtype": TABLE[layout.dtype][0], "flap": section.as_json()}
+    return config | _old_rope(config) | {"dtype": TABLE[layout.dtype][0]}
 
 
 def _old_rope(config: dict[str, Any]) -> dict[str, Any]:
