@@ -7,7 +7,7 @@ from pathlib import Path
 from flapcli.architecture.flap_section import Healed
 from flapcli.artifacts.model_card import seal
 from flapcli.artifacts.plan import load_plan
-from flapcli.artifacts.pruned_folder import CARD, SINGLE, PrunedFolder, users_files
+from flapcli.artifacts.pruned_folder import CARD, SINGLE, PrunedFolder
 from flapcli.checkpoints import Checkpoint
 from flapcli.checkpoints.shards import raw_bytes
 from flapcli.checkpoints.weight_index import weight_map
@@ -43,9 +43,10 @@ def write_healed(out: Path, source: Source, student: Student, healed: Healed, pr
                     else:
                         writer.write(spec.name, _copied(folder.path / file, header, spec))
                     advance(spec.nbytes)
-    made_anew = {*shards, "config.json", CARD, *users_files(folder)}
-    for name, path in files_below(folder.path).items():
-        if name not in made_anew:
+    found, made_anew = files_below(folder.path), {*shards, "config.json", CARD}
+    listed = folder.flap.files or found  # what a user put beside it stays there
+    for name, path in found.items():
+        if name in listed and name not in made_anew:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / name)
     section = folder.flap.model_copy(update={"healed": healed})

@@ -134,7 +134,8 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
     if not model.supports_gradient_checkpointing:
         raise FlapError(f"{type(model).__name__} can't forget its activations: leave out --checkpoint-activations")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    newer = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.24 or before
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True

@@ -77,9 +77,11 @@ class Work:
         return text.model
 
     def forget_dense(self) -> None:
-        self.text.model = None
-        gc.collect()
-        give_back()
+        """Make room for the student, where the dense model was loaded at all."""
+        if self.text.model is not None:
+            self.text.model = None
+            gc.collect()
+            give_back()
 
     @cached_property
     def start(self) -> int:

@@ -18,7 +18,7 @@ import flapcli.storage.resume
 
 CALIBRATE = "calibrate {model} --dataset {text} --nsamples 24 --seqlen 32 --batch-size 4"
 SWEEP = "sweep {model} --dataset {text} --nsamples 16 --seqlen 32 --batch-size 8 --perplexity {text} --keep"
-HEAL = "heal --dataset {text} --tokens 1500 --seqlen 16 --windows-per-step 8 --lora-rank 2 --top-k 16 --dtype float32"
+HEAL = "heal --dataset {text} --tokens 600 --seqlen 16 --windows-per-step 8 --lora-rank 2 --top-k 16 --dtype float32"
 READY = (f"{CALIBRATE} --gram --stream", "plan --ratio 0.3", "apply --max-shard-size 60KB")
 
 
