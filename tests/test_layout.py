@@ -33,7 +33,7 @@ ROOMS = {
     "teacher healing_text healing_request forward divergence",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
-    "texts": "calibration_text windows mixture corpus opening",
+    "texts": "calibration_text sampling windows mixture corpus opening",
     "execution": "head hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "dense_model model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
     "stats_writer stats unfinished reuse target versions shared_names few_tokens",

@@ -13,9 +13,9 @@ from flapcli.healing.healing_text import HealingText
 from flapcli.healing.work import Work
 from flapcli.progress import Silent
 from flapcli.storage.atomic import atomic_file
-from flapcli.texts.calibration_text import TOKENS_AT_ONCE, Sampling, sample_windows
 from flapcli.texts.mixture import SELF, Mixture
 from flapcli.texts.opening import opening
+from flapcli.texts.sampling import TOKENS_AT_ONCE, Sampling, sample_windows
 
 SAMPLED = 16  # tokens of each window that are sampled to see how long it takes
 VALIDATION = 1.15  # what reading held-out windows as it goes adds to training

@@ -11,7 +11,8 @@ from support.tokenizers_like import BOS, opening_with
 
 from flapcli.artifacts.stats import load_stats
 from flapcli.progress import Silent
-from flapcli.texts.calibration_text import Sampling, sample_windows
+from flapcli.storage import resume
+from flapcli.texts.sampling import Drawn, Sampling, sample_windows
 
 EOS = 2
 
@@ -94,6 +95,28 @@ def calibrate(tiny, flap, tmp_path):
         return flap("calibrate", tiny("llama-gqa"), "-d", tmp_path / run, *small, *more, code=code)
 
     return call
+
+
+def test_cut_short_it_goes_on_to_the_same_windows(calibrate, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(resume, "TIMES_ITS_COST", 0)
+    take, parts = Drawn.take, []
+
+    def stop(self, part, ids):
+        take(self, part, ids)
+        parts.append(part.start)
+        if part.start == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Drawn, "take", stop)
+    calibrate("one", "--batch-size", 2, code=130)
+    assert parts == [0, 2]
+    calibrate("one", "--batch-size", 2)
+    assert parts == [0, 2, 4]
+    monkeypatch.setattr(Drawn, "take", take)
+    tokens = [window["tokens"] for window in json.loads((tmp_path / "one" / "self.json").read_text())["windows"]]
+    assert tokens == sample(tiny("llama-gqa"), 6, 24, batch_size=2).tolist()
+    assert not list((tmp_path / "one").glob(".self*"))
 
 
 def test_show_prints_it(calibrate, flap, tmp_path):
