@@ -19,8 +19,9 @@ BOUNDARY = ("cli.results", "cli.run_command", "cli.stages", "cli.sweep_command")
 # Every module in its place: a module imports only what stands below it.
 ROOMS = {
     "": "__main__",
-    "cli": "app results run_command stages sweep_command command epilogs resolve options presets interrupts",
-    "views": "comparison_tables contents page compare commands plots tables eval_rows display terminal",
+    "cli": "app results run_command stages sweep_command command misuse epilogs resolve options help presets "
+    "interrupts",
+    "views": "comparison_tables contents page compare plots tables commands eval_rows display terminal",
     " ": "sweep",
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",

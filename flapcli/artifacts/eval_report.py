@@ -147,5 +147,5 @@ def load_report(path: Path) -> EvalReport:
 EVAL = Kind(
     load_report,
     lambda path: says_format(path, "flap-eval/"),
-    "exists and is not flap's: move it away or give another --out",
+    "exists and is not flap's: move it away or write elsewhere",
 )

@@ -122,13 +122,13 @@ def _is_broken(path: Path) -> bool:
 def check_not_source(out: Path, model: Path | str) -> None:
     """Raise UsageError where a model would be pruned into its own folder."""
     if out.exists() and Path(model).exists() and out.resolve() == Path(model).resolve():
-        raise UsageError(f"{out} is the model itself, which its pruned child would replace: give another --out or -d")
+        raise UsageError(f"{out} is the model itself, which its pruned child would replace: write elsewhere")
 
 
 PRUNED = Kind(
     load_pruned,
     lambda path: path.is_dir() and not any(path.iterdir()),  # an empty folder
-    "holds something that flap did not write: move it away or give another --out",
+    "holds something that flap did not write: move it away or write elsewhere",
 )
 
 

@@ -20,7 +20,7 @@ def main() -> None:
     forgive_encodings()
     if "--debug" not in sys.argv:
         quiet_libraries()
-    app()
+    app(prog_name="flap")
 
 
 def quiet_libraries() -> None:

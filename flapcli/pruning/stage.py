@@ -100,8 +100,8 @@ def _keeps_old(out: Path, force: bool, progress: Progress) -> bool:
     some = ", ".join(theirs[:3]) + (f" and {len(theirs) - 3} more" if len(theirs) > 3 else "")
     if not force:
         raise FlapError(
-            f"{out} holds files that flap did not write, or that were changed since ({some}): move them away or give "
-            "another --out; --force moves the whole folder aside"
+            f"{out} holds files that flap did not write, or that were changed since ({some}): move them away or "
+            "write elsewhere; --force moves the whole folder aside"
         )
     progress.note(f"{out} holds {some}, which flap did not write: the old folder is kept as {free_name(out)}")
     return True
