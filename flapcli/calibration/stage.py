@@ -56,6 +56,8 @@ def calibrate(
             current = answer and StatsHeader.model_validate(answer)
         if current:
             return current, True
+        if out.exists() and not force:
+            progress.note(f"{out} is of other settings, and is replaced once this is done; another -d would keep it")
         progress.doing(IMPORTING)
         from flapcli.calibration.job import write_stats
         from flapcli.execution.ranks import Ranks

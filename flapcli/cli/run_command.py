@@ -92,9 +92,12 @@ def _go(
     with Display("[1/4] calibrate") as display:
         found = calibrate(model, run.stats, stages.calibrate, hub, execution, force, display)
     ended(run.stats, *found)
+    others = run.plan.exists()
     with Display("[2/4] plan") as display:
         made = plan(run.stats, run.plan, stages.plan, force, display)
     ended(run.plan, *made)
+    if others and not made[1]:
+        terminal.note(f"{run_dir} held another plan: its results are replaced; -d with another folder would keep both")
     with Display("[3/4] apply") as display:
         folder = apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, display)
     ended(run.pruned, *folder)
@@ -110,4 +113,8 @@ def _go(
             raise
         return error
     ended(run.eval, report, cached)
+    if draws:
+        from flapcli.views.tables import show_end
+
+        show_end(report, made[0], run_dir)
     return not_run(report.all_failures, run.eval) if report.all_failures else None

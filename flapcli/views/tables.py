@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from flapcli.architecture.family import families
 from flapcli.architecture.shape import Module
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, format_ranges
@@ -16,7 +17,8 @@ from flapcli.artifacts.self_text import SelfText
 from flapcli.artifacts.stats import StatsHeader
 from flapcli.artifacts.sweep_results import Figures, Row, Sweep
 from flapcli.export.stage import ExportedGguf
-from flapcli.views.eval_rows import cost_rows, megabytes, models_of, quality_rows, speed_lines
+from flapcli.views.commands import next_commands
+from flapcli.views.eval_rows import cost_rows, megabytes, models_of, quality_rows, speed_lines, story
 from flapcli.views.terminal import out
 
 BAR = 20  # characters
@@ -58,19 +60,22 @@ def show_plan(plan: Plan) -> None:
     """A row and two bars per layer, and what it comes to."""
     table = Table(title=f"{plan.method} {plan.metric} {plan.structure} on {plan.model.name}", title_justify="left")
     table.add_column("layer", justify="right")
+    bars = out.width >= 10 + len(plan.present) * (BAR + 15)  # else the counts alone
     for module in plan.present:
-        table.add_column(plan.layers[0].module(module).unit + "s", justify="right", no_wrap=True)
-        table.add_column(f"{module} kept", no_wrap=True)
+        unit = plan.layers[0].module(module).unit + "s"
+        table.add_column(unit if bars else f"{module}: {unit}", justify="right", no_wrap=bars)
+        if bars:
+            table.add_column(f"{module} kept", no_wrap=True)
     for layer, *counts in zip(plan.layers, *map(plan.counts, plan.present), strict=True):
         row = [str(layer.index)]
         for count, of in zip(counts, (layer.module(module).of for module in plan.present), strict=True):
-            row += [f"{count}/{of}", _bar(count, of)]
+            row += [f"{count}/{of}", *([_bar(count, of)] if bars else [])]
         table.add_row(*row)
     out.print(table)
     p = plan.parameters
     out.print(
         f"{plan.ratio.achieved:.2%} of {p.prunable:,} prunable weights go (asked: {plan.ratio.requested:.2%})\n"
-        f"parameters {p.model:,} -> {p.model_after:,}",
+        f"parameters {p.model:,} -> {p.model_after:,}, without the biases that apply may add",
         highlight=False,
     )
     if target := plan.target:
@@ -123,7 +128,9 @@ def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]
 
 def show_report(report: EvalReport) -> None:
     """The figures of the pruned model, the dense one's beside them, and what the speed comes to."""
-    table = Table("", *_right(*models_of(report)), title=report.checkpoint, title_justify="left")
+    table = Table(
+        Column("", overflow="fold"), *_right(*models_of(report)), title=report.checkpoint, title_justify="left"
+    )
     for name, cells in quality_rows(report) + cost_rows(report):
         table.add_row(name, *cells)
     out.print(table)
@@ -133,6 +140,13 @@ def show_report(report: EvalReport) -> None:
         out.print(Text(f"unfinished: {report.unfinished}"), soft_wrap=True)
     if report.all_failures:
         out.print(Text(f"tasks that were not run: {', '.join(report.all_failures)}"), soft_wrap=True)
+
+
+def show_end(report: EvalReport, plan: Plan, run_dir: Path) -> None:
+    """The end of a run: what pruning took and cost, and what to do next."""
+    exports = bool(families()[plan.model.family].gguf.forms)
+    for line in (*story(report, plan), "next:", *(f"  {line}" for line in next_commands(str(run_dir), exports))):
+        out.print(Text(line), soft_wrap=True)
 
 
 def show_export(exported: ExportedGguf) -> None:
@@ -172,12 +186,12 @@ def show_trials(found: dict[str, Any]) -> None:
 
 
 def _pairs(title: str) -> Table:
-    columns = (Column(style="bold"), Column(overflow="fold"))
+    columns = (Column(style="bold", overflow="fold"), Column(overflow="fold"))
     return Table(*columns, title=title, title_justify="left", show_header=False)
 
 
 def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
+    return [Column(name, justify="right", overflow="fold") for name in names]
 
 
 def _bar(count: int, of: int) -> str:
