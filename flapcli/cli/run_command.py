@@ -96,7 +96,7 @@ def _go(
     with Display("[2/4] plan") as display:
         made = plan(run.stats, run.plan, stages.plan, force, display)
     ended(run.plan, *made)
-    if others and not made[1]:
+    if others and not (made[1] or force):
         terminal.note(f"{run_dir} held another plan: its results are replaced; -d with another folder would keep both")
     with Display("[3/4] apply") as display:
         folder = apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, display)
@@ -116,5 +116,5 @@ def _go(
     if draws:
         from flapcli.views.tables import show_end
 
-        show_end(report, made[0], run_dir)
+        show_end(report, made[0], folder[0], run_dir)
     return not_run(report.all_failures, run.eval) if report.all_failures else None

@@ -114,7 +114,7 @@ def mean_losses(sums: NDArray[np.float64], predicted: int, description: str) -> 
     """Mean loss of each window from its sum over so many tokens. Raises FlapError where one is not finite."""
     means = sums / predicted
     if not np.isfinite(means).all():
-        raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
+        raise FlapError(f"{description}: the loss is not finite; try float32 (--dtype, or --eval-dtype of run)")
     return means
 
 

@@ -50,7 +50,10 @@ def load_model(
         raise
     except Exception as error:  # a configuration may ask for what is not installed, or does not exist
         if out_of_memory(error):
-            raise FlapError(f"{checkpoint.name}: out of memory on {device} while loading: use --stream") from error
+            raise FlapError(
+                f"{checkpoint.name}: out of memory on {device} while loading: use another --device, or --stream where "
+                "the command has it"
+            ) from error
         raise FlapError(f"{checkpoint.name}: transformers can't load it: {first_line(error)}") from error
 
 

@@ -72,8 +72,12 @@ def story(report: EvalReport, plan: Plan) -> list[str]:
     """What pruning took and what it cost, a line each."""
     before, after, planned = plan.parameters.model, report.size.parameters, plan.parameters.model_after
     biases = f"; {after - planned:,} of them are added biases" if after > planned else ""
-    lines = [f"parameters {before:,} -> {after:,}: {after / before - 1:+.1%} "
-             f"({plan.ratio.achieved:.1%} of what can be pruned{biases})"]  # fmt: skip
+    removed = f"{plan.ratio.achieved:.1%} of what can be pruned"
+    lines = [
+        f"parameters {before:,} -> {after:,}: {after / before - 1:+.1%} ({removed}{biases})"
+        if after < before
+        else f"parameters {after:,}: as many as before, {removed} set to zero"
+    ]
     if not (dense := report.baseline):
         return lines
     for text, value in report.perplexity.items():

@@ -114,7 +114,7 @@ def show_folder(folder: PrunedFolder) -> None:
     if flap.output_error:
         _show_output_errors(flap.output_error)
     counts = ", ".join(map(str, folder.tensor_parallel))
-    out.print(f"tensor parallel sizes that divide every layer: {counts}", highlight=False, soft_wrap=True)
+    out.print(f"tensor parallel sizes that divide every layer: {counts}", highlight=False)
 
 
 def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]]) -> None:
@@ -142,11 +142,18 @@ def show_report(report: EvalReport) -> None:
         out.print(Text(f"tasks that were not run: {', '.join(report.all_failures)}"), soft_wrap=True)
 
 
-def show_end(report: EvalReport, plan: Plan, run_dir: Path) -> None:
+def show_end(report: EvalReport, plan: Plan, folder: PrunedFolder, run_dir: Path) -> None:
     """The end of a run: what pruning took and cost, and what to do next."""
-    exports = bool(families()[plan.model.family].gguf.forms)
-    for line in (*story(report, plan), "next:", *(f"  {line}" for line in next_commands(str(run_dir), exports))):
+    next_ones = next_commands(str(run_dir), _exports(plan, folder))
+    for line in (*story(report, plan), "next:", *(f"  {line}" for line in next_ones)):
         out.print(Text(line), soft_wrap=True)
+
+
+def _exports(plan: Plan, folder: PrunedFolder) -> bool:
+    """Whether llama.cpp may read such sizes and biases, by what the family's forms say of them."""
+    even = all(len(set(plan.counts(module))) == 1 for module in plan.present)
+    forms = families()[plan.model.family].gguf.forms
+    return any((form.per_layer or even) and (form.output_biases or not folder.flap.biases) for form in forms)
 
 
 def show_export(exported: ExportedGguf) -> None:
