@@ -138,11 +138,11 @@ class AmountGroup:
     ratio: Annotated[float | None, _common(
         help="Share of the prunable weights to remove.", show_default=str(s.PlanOptions.ratio))] = None
     target_params: Annotated[str | None, _in_plan(
-        help="Instead of --ratio: parameters that the whole model has at most, such as 100M or 1.5B, the biases that "
-        "apply adds included.")] = None
+        help="Instead of --ratio: parameters that the whole model has at most, such as 100M, 1.5B or 75% of what it "
+        "has, the biases that apply adds included.")] = None
     target_size: Annotated[str | None, _in_plan(
-        help="Instead of --ratio: bytes of weights that apply writes at most, such as 250MB or 1GiB; counted in the "
-        "source's type (float32 for GGUF) where no type is given.")] = None
+        help="Instead of --ratio: bytes of weights that apply writes at most, such as 250MB, 1GiB or 50% of the "
+        "dense model's in the same type: the source's (float32 for GGUF) where none is given.")] = None
 
 
 TargetDtype = Annotated[StoredDtype | None, _in_plan(
@@ -195,6 +195,9 @@ class EvaluationGroup:
     perplexity: Annotated[list[str] | None, _common(
         help="Text to read perplexity on: wikitext2, ptb, c4, pydoc or a .txt, .jsonl or .parquet file; repeatable.",
         show_default="the calibration text's test part")] = None
+    perplexity_windows: Annotated[str, _in_eval(
+        metavar="N", help="Windows of a text to read at most, evenly spread over it, or all (the paper's).",
+        )] = str(s.EvalOptions.perplexity_windows)
     tasks: Annotated[str | None, _in_eval(
         help="lm-eval tasks, separated by commas, or zero-shot for the paper's seven (BoolQ, PIQA, HellaSwag, "
         "WinoGrande, ARC-e, ARC-c, OBQA).")] = None
@@ -204,12 +207,14 @@ class EvaluationGroup:
     baseline: Annotated[bool, _in_eval("--baseline/--no-baseline", help="Measure the dense model beside it.")] = True
 
 
+EvaluateInRun = Annotated[bool, _in_eval("--eval/--no-eval", help="Measure what came out, or stop at apply.")]
 NumFewshot = Annotated[int | None, _in_eval(
     min=0, help="Examples in the prompt.", show_default="the task's own or 0")]
 CacheRequests = Annotated[bool, _rare(
     "--cache-requests", help="Keep tasks' built prompts in ~/.cache/flap; --force builds them anew.")]
-EvalDtypeOfRun = Annotated[Dtype, _in_eval("--eval-dtype", help="What perplexity runs in; auto: float32 on a CPU.")]
-EvalDtype = Annotated[Dtype, _in_eval("--dtype", help="What the models run in; auto: float32 on a CPU.")]
+EvalDtypeOfRun = Annotated[Dtype, _in_eval("--eval-dtype", help="What perplexity runs in; auto as --dtype.")]
+EvalDtype = Annotated[Dtype, _in_eval(
+    "--dtype", help="What the models run in; auto: bfloat16 where the hardware has it.")]
 Speed = Annotated[bool, _in_eval("--speed/--no-speed", help="Time both models in turns; measure their memory.")]
 
 
@@ -270,12 +275,12 @@ class GenerateGroup:
 # fmt: on
 
 
-def batch(text: str) -> int | None:
-    """The number of --batch-size; None for auto. Raises UsageError for anything else."""
-    if text == "auto":
+def windows(text: str, option: str, word: str) -> int | None:
+    """The number of windows that `option` gives; None for `word`. Raises UsageError for anything else."""
+    if text == word:
         return None
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise UsageError(f"--batch-size {text}: give a number of windows, at least 1, or auto")
+        raise UsageError(f"{option} {text}: give a number of windows, at least 1, or {word}")
     return int(text)
 
 

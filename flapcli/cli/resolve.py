@@ -97,7 +97,7 @@ def resolve(asked: Asked) -> Stages:
             tuple(evaluation.perplexity or ()), windows.seqlen, asked.eval_dtype, evaluation.baseline,
             windows.text_column, expand(evaluation.tasks) if evaluation.tasks is not None else (),
             str(evaluation.include_path) if evaluation.include_path else None, evaluation.limit, asked.num_fewshot,
-            asked.speed,
+            asked.speed, o.windows(evaluation.perplexity_windows, "--perplexity-windows", "all"),
         ),
     )  # fmt: skip
 
@@ -111,8 +111,8 @@ def execution_of(
 ) -> Execution:
     """How models run. Raises UsageError for a --batch-size that is none."""
     return Execution(
-        group.device, o.batch(group.batch_size), threads, stream, scale.activation_memory, scale.device_map,
-        scale.rank_timeout, cache_requests,
+        group.device, o.windows(group.batch_size, "--batch-size", "auto"), threads, stream, scale.activation_memory,
+        scale.device_map, scale.rank_timeout, cache_requests,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, not_run, note_of, print_made
-from flapcli.errors import UnfinishedError, UsageError
+from flapcli.errors import UnfinishedError, UsageError, only_with
 from flapcli.views import terminal
 from flapcli.views.display import Display
 
@@ -29,6 +29,7 @@ def run(
     store_dtype: o.StoreDtypeOfRun = None,
     calibration: o.CalibrationGroup,
     windows: o.WindowGroup,
+    evaluates: o.EvaluateInRun = True,
     evaluation: o.EvaluationGroup,
     speed: o.Speed = False,
     eval_dtype: o.EvalDtypeOfRun = "auto",
@@ -60,9 +61,13 @@ def run(
         if stages.plan.target and mask_only:
             raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
         check_not_source(RunDir(run_dir).pruned, model)
-        check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
+        if evaluates:
+            check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
+        else:
+            tasks, texts = evaluation.tasks is not None, bool(evaluation.perplexity)
+            only_with("--eval", False, {"--perplexity": texts, "--tasks": tasks, "--speed": speed})
     with hold(RunDir(run_dir).stats):
-        failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
+        failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json, evaluates)
     if as_json:
         from flapcli.views.contents import data_of, inspect
 
@@ -70,37 +75,43 @@ def run(
         terminal.data(data_of(inspect(run_dir)) | unsaved)
     if failed:
         raise failed
-    terminal.note(f"all four stages: {terminal.duration(display.took)}")
+    terminal.note(f"all {'four' if evaluates else 'three'} stages: {terminal.duration(display.took)}")
 
 
 def _go(
-    run_dir: Path, model: str, stages: "Stages", hub: "Hub", execution: "Execution", force: bool, draws: bool
-) -> Exception | None:
+    run_dir: Path, model: str, stages: "Stages", hub: "Hub", execution: "Execution", force: bool, draws: bool,
+    evaluates: bool,
+) -> Exception | None:  # fmt: skip
     """Run the stages, each drawn as it ends; returns what was wrong with the last, where eval.json is there anyway."""
     from flapcli.artifacts.run_dir import RunDir
     from flapcli.calibration.stage import calibrate
     from flapcli.evaluation.stage import evaluate
     from flapcli.planning.stage import plan
     from flapcli.pruning.stage import ApplyInputs, apply
+    from flapcli.views.tables import show_end
 
     def ended(path: Path, made: Any, cached: bool) -> None:
         if draws:
             print_made(made, as_json=False)
         note_of(path, cached, display.took)
 
-    run = RunDir(run_dir)
-    with Display("[1/4] calibrate") as display:
+    run, of = RunDir(run_dir), 4 if evaluates else 3
+    with Display(f"[1/{of}] calibrate") as display:
         found = calibrate(model, run.stats, stages.calibrate, hub, execution, force, display)
     ended(run.stats, *found)
     others = run.plan.exists()
-    with Display("[2/4] plan") as display:
+    with Display(f"[2/{of}] plan") as display:
         made = plan(run.stats, run.plan, stages.plan, force, display)
     ended(run.plan, *made)
     if others and not (made[1] or force):
         terminal.note(f"{run_dir} held another plan: its results are replaced; -d with another folder would keep both")
-    with Display("[3/4] apply") as display:
+    with Display(f"[3/{of}] apply") as display:
         folder = apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, display)
     ended(run.pruned, *folder)
+    if not evaluates:
+        if draws:
+            show_end(made[0], folder[0], run_dir)
+        return None
     try:
         with Display("[4/4] eval") as display:
             report, cached = evaluate(run.pruned, run.eval, stages.evaluate, None, hub, execution, force, display)
@@ -114,7 +125,5 @@ def _go(
         return error
     ended(run.eval, report, cached)
     if draws:
-        from flapcli.views.tables import show_end
-
-        show_end(report, made[0], folder[0], run_dir)
+        show_end(made[0], folder[0], run_dir, report)
     return not_run(report.all_failures, run.eval) if report.all_failures else None

@@ -127,6 +127,13 @@ def evaluation_windows(source: str, tokenizer: "PreTrainedTokenizerBase", seqlen
     return _opened(ids[: count * length].reshape(count, length)[: TEST_WINDOWS.get(source)], first)
 
 
+def spread(windows: Windows, most: int | None) -> Windows:
+    """At most so many of `windows`, evenly spread over the text; all for None."""
+    if most is None or len(windows) <= most:
+        return windows
+    return windows[np.linspace(0, len(windows) - 1, most).round().astype(int)]
+
+
 def _opened(texts: Windows, first: list[int]) -> Windows:
     """Parts of a text, (n, length), as windows that begin with the tokens `first`."""
     return np.concatenate([np.tile(np.asarray(first, np.int64), (len(texts), 1)), texts], axis=1)

@@ -58,11 +58,12 @@ def eval_command(settings: Mapping[str, Any], run_dir: str) -> str:
     return _join("eval", [], run_dir, options)
 
 
-def next_commands(run_dir: str, exports: bool) -> list[str]:
+def next_commands(run_dir: str, exports: bool, measured: bool) -> list[str]:
     """What to do with a run that is done."""
     place = shlex.quote(run_dir)
+    report = f"flap {'report' if measured else 'eval'} -d {place}"
     export = [f"flap export gguf -d {place}"] if exports else [f"flap push USER/NAME -d {place}"]
-    return [f'flap generate "Once upon a time" -d {place}', f"flap report -d {place}", *export]
+    return [f'flap generate "Once upon a time" -d {place}', report, *export]
 
 
 def _column(settings: Mapping[str, Any]) -> str | None:

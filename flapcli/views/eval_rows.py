@@ -21,10 +21,15 @@ def quality_rows(report: EvalReport) -> list[Row]:
     models = list(models_of(report).values())
     rows: list[Row] = []
     for text in report.perplexity:
-        rows.append((f"perplexity {text}", [_perplexity(m, text) for m in models]))
+        details = report.perplexity_details.get(text)
+        part = f" ({details.windows} of {details.of_windows:,} windows)" if details and details.of_windows else ""
+        rows.append((f"perplexity {text}{part}", [_perplexity(m, text) for m in models]))
         if all(text in m.perplexity_details for m in models):
             bits = [f"{m.perplexity_details[text].bits_per_byte:.3f}" for m in models]
             rows.append((f"bits per byte {text}", bits))
+    ran = [{d.dtype for d in m.perplexity_details.values() if d.dtype} for m in models]
+    if all(ran):
+        rows.append(("run in", [", ".join(sorted(found)) for found in ran]))
     for task, metrics in report.tasks.items():
         for metric in shown_metrics(task, metrics):
             rows.append((f"{task} ({metric})", [_metric(m.tasks.get(task, {}), metric) for m in models]))

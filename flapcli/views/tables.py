@@ -142,10 +142,10 @@ def show_report(report: EvalReport) -> None:
         out.print(Text(f"tasks that were not run: {', '.join(report.all_failures)}"), soft_wrap=True)
 
 
-def show_end(report: EvalReport, plan: Plan, folder: PrunedFolder, run_dir: Path) -> None:
-    """The end of a run: what pruning took and cost, and what to do next."""
-    next_ones = next_commands(str(run_dir), _exports(plan, folder))
-    for line in (*story(report, plan), "next:", *(f"  {line}" for line in next_ones)):
+def show_end(plan: Plan, folder: PrunedFolder, run_dir: Path, report: EvalReport | None = None) -> None:
+    """The end of a run: what pruning took and cost, where that was measured, and what to do next."""
+    next_ones = next_commands(str(run_dir), _exports(plan, folder), bool(report))
+    for line in (*(story(report, plan) if report else ()), "next:", *(f"  {line}" for line in next_ones)):
         out.print(Text(line), soft_wrap=True)
 
 
