@@ -13,14 +13,20 @@ import pytest
 import flapcli
 
 ROOT = Path(flapcli.__file__).parent
-STAGES = ("calibration", "planning", "pruning", "evaluation", "export")
-BOUNDARY = ("cli.results", "cli.run_command", "cli.stages", "cli.sweep_command")  # functions that typer calls
+STAGES = ("calibration", "planning", "pruning", "evaluation", "export", "estimation")
+BOUNDARY = (
+    "cli.results",
+    "cli.run_command",
+    "cli.stages",
+    "cli.sweep_command",
+    "cli.estimate_command",
+)  # functions that typer calls
 
 # Every module in its place: a module imports only what stands below it.
 ROOMS = {
     "": "__main__",
-    "cli": "app results run_command stages sweep_command command misuse epilogs resolve options help presets "
-    "interrupts",
+    "cli": "app results run_command stages sweep_command estimate_command command misuse epilogs resolve options help "
+    "presets interrupts",
     "views": "comparison_tables contents page compare plots tables commands eval_rows display terminal",
     " ": "sweep",
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
@@ -30,12 +36,14 @@ ROOMS = {
     "kept_layers",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
+    "estimation": "estimate machine",
     "texts": "windows mixture corpus opening",
     "execution": "hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
     "stats_writer stats unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms gguf gguf_layout gguf_header huggingface "
-    "checkpoint verification unit_counts described companion_files locate hub_errors shards weight_index expert_files",
+    "checkpoint verification unit_counts described companion_files hub_headers locate hub_errors shards weight_index "
+    "expert_files",
     "architecture": "catalogue source wrapper family gguf_form flap_section parallel modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",

@@ -12,7 +12,7 @@ from flapcli.views.terminal import forgive_encodings
 
 # isort: off
 # Importing one registers its commands.
-from flapcli.cli import stages, run_command, sweep_command, results  # noqa: F401
+from flapcli.cli import stages, run_command, estimate_command, sweep_command, results  # noqa: F401
 # isort: on
 
 

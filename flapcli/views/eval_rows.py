@@ -132,6 +132,10 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 10**8 else megabytes(count)
+
+
 def _verdict(gain: Spread) -> str:
     if gain.low > 1:
         return "pruning paid"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import log10
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 from rich.text import Text
@@ -18,8 +18,11 @@ from flapcli.artifacts.stats import StatsHeader
 from flapcli.artifacts.sweep_results import Figures, Row, Sweep
 from flapcli.export.stage import ExportedGguf
 from flapcli.views.commands import next_commands
-from flapcli.views.eval_rows import cost_rows, megabytes, models_of, quality_rows, speed_lines, story
-from flapcli.views.terminal import out
+from flapcli.views.eval_rows import cost_rows, gigabytes, megabytes, models_of, quality_rows, speed_lines, story
+from flapcli.views.terminal import duration, out
+
+if TYPE_CHECKING:
+    from flapcli.estimation.estimate import Estimate
 
 BAR = 20  # characters
 WIDTH, HEIGHT, MARGIN = 60, 12, 10  # of the plot of a sweep and of its labels, in characters
@@ -154,6 +157,28 @@ def _exports(plan: Plan, folder: PrunedFolder) -> bool:
     even = all(len(set(plan.counts(module))) == 1 for module in plan.present)
     forms = families()[plan.model.family].gguf.forms
     return any((form.per_layer or even) and (form.output_biases or not folder.flap.biases) for form in forms)
+
+
+def show_estimate(found: "Estimate") -> None:
+    """What the stages would take, beside what there is."""
+    size = f"{found.parameters:,} parameters, {gigabytes(found.bytes)} of {found.stored_as}"
+    table = Table("", "goes", *_right("memory", "disk", "reads", "time"), title=f"{found.model}: {size}",
+                  title_justify="left")  # fmt: skip
+    for need in found.stages:
+        sizes = map(gigabytes, (need.memory, need.disk, need.reads))
+        table.add_row(need.stage, need.way, *sizes, duration(need.seconds))
+    memory, disk = max(need.memory for need in found.stages), sum(need.disk for need in found.stages)
+    took = duration(sum(need.seconds for need in found.stages))
+    table.add_section()
+    table.add_row("run", "", gigabytes(memory), gigabytes(disk), "", took)
+    table.add_row("there is", found.device, gigabytes(found.free_memory), gigabytes(found.free_disk), "", "")
+    out.print(table)
+    rate = f"{2 * found.multiplies / 1e9:,.0f} GFLOP/s in {found.dtype}"
+    out.print(
+        f"computed, not measured: by {rate} and {megabytes(round(found.writes))}/s, as this machine did just now; it "
+        "may take some times longer where it is busy",
+        highlight=False,
+    )
 
 
 def show_export(exported: ExportedGguf) -> None:
