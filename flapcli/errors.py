@@ -1,5 +1,6 @@
 """The errors that users see: one line each, with the exit code of the contract."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,7 +45,25 @@ def first_line(error: BaseException) -> str:
     return first[:400]
 
 
+def meant(given: str, names: Iterable[str]) -> str:
+    """`; did you mean X?` where one of `names` is like what was given, whatever their case; else nothing."""
+    from difflib import get_close_matches
+
+    known = {name.lower(): name for name in names}
+    found = get_close_matches(given.lower(), known, 1)
+    return f"; did you mean {known[found[0]]}?" if found else ""
+
+
+WORDS = {"extra_forbidden": "is no key of this format", "missing": "is missing"}  # for what pydantic says
+
+
 def problems(error: "ValidationError") -> str:
     """The first of all that pydantic found wrong, each with its place, on one line."""
-    found = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()[:8]]
+    found = [
+        (
+            ".".join(map(str, each["loc"])),
+            WORDS.get(each["type"]) or each["msg"].removeprefix("Value error, ").replace("Input should be", "must be"),
+        )
+        for each in error.errors()[:8]
+    ]
     return "; ".join(f"{place:.80}: {what:.200}" if place else what for place, what in found)

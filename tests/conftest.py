@@ -14,6 +14,14 @@ from support.models import FEW, make_tiny
 from typer.testing import CliRunner, Result
 
 from flapcli.cli.app import app
+from flapcli.execution.device import Runtime
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_figures() -> None:
+    """Where a test asks for no type, models are measured in float32, whatever this machine's processor multiplies."""
+    of_eval = Runtime.of_eval
+    Runtime.of_eval = lambda how, dtype: of_eval(how, "float32" if dtype == "auto" else dtype)
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,17 @@ import pytest
 import flapcli
 
 ROOT = Path(flapcli.__file__).parent
-STAGES = ("calibration", "planning", "pruning", "healing", "evaluation", "export")
+STAGES = ("calibration", "planning", "pruning", "healing", "evaluation", "export", "estimation")
 # Functions that typer calls.
-BOUNDARY = ("cli.heal_command", "cli.results", "cli.run_command", "cli.stages", "cli.sweep_command")
+COMMANDS = ["heal_command", "results", "run_command", "stages", "sweep_command", "estimate_command"]
+BOUNDARY = tuple(f"cli.{name}" for name in COMMANDS)
 
 # Every module in its place: a module imports only what stands below it.
 ROOMS = {
     "": "__main__",
-    "cli": "app heal_command results run_command stages sweep_command command epilogs resolve heal_options options "
-    "presets interrupts",
-    "views": "comparison_tables contents page compare commands plots tables eval_rows display terminal",
+    "cli": "app heal_command results run_command stages sweep_command estimate_command command misuse epilogs resolve "
+    "heal_options options help presets interrupts",
+    "views": "comparison_tables contents page compare plots tables commands eval_rows display terminal",
     " ": "sweep",
     "calibration": "stage job in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",
@@ -33,12 +34,14 @@ ROOMS = {
     "teacher healing_text healing_request forward divergence",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
+    "estimation": "estimate machine",
     "texts": "calibration_text sampling windows mixture corpus opening",
     "execution": "head hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "dense_model model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
     "stats_writer stats unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms tensor_file gguf gguf_layout gguf_header "
-    "huggingface checkpoint verification unit_counts described companion_files locate hub_errors shards weight_index "
+    "huggingface checkpoint verification unit_counts described companion_files hub_headers locate hub_errors shards "
+    "weight_index "
     "expert_files",
     "architecture": "catalogue source wrapper family gguf_form flap_section parallel modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",

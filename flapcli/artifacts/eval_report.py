@@ -26,7 +26,8 @@ class TextDetails(Record):
 
     `standard_error` is the perplexity's, from the spread of the windows' mean losses; `bits_per_byte` is over
     the UTF-8 bytes of the predicted tokens' text, which are `tokens` in number. `begins_with` are the special tokens
-    that every window begins with, where the tokenizer has some.
+    that every window begins with, where the tokenizer has some; `of_windows`, how many the text has where not all were
+    read; `dtype`, what the model ran in.
     """
 
     standard_error: float
@@ -35,6 +36,8 @@ class TextDetails(Record):
     tokens: int
     bytes: int
     begins_with: str | None = unsaid()
+    of_windows: int | None = unsaid()
+    dtype: str | None = unsaid()
 
 
 class Spread(Record):
@@ -147,5 +150,5 @@ def load_report(path: Path) -> EvalReport:
 EVAL = Kind(
     load_report,
     lambda path: says_format(path, "flap-eval/"),
-    "exists and is not flap's: move it away or give another --out",
+    "exists and is not flap's: move it away or write elsewhere",
 )

@@ -226,7 +226,7 @@ def load_plan(path: Path) -> Plan:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
-        raise FlapError(f"no plan at {path}: run `flap plan` first, or give --plan") from error
+        raise FlapError(f"no plan at {path}: run `flap plan` first") from error
     except (OSError, UnicodeDecodeError) as error:
         raise FlapError(f"cannot read {path}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers beyond Python's
@@ -259,7 +259,7 @@ def found_plan(path: Path, force: bool) -> Plan | None:
         ours = text.partition("\n")[0].strip() == f"format: {FORMAT}"
         if ours and force:
             return None
-        hint = "mend it, or replace it with --force" if ours else "move it away or give another --out"
+        hint = "mend it, or replace it with --force" if ours else "move it away or write elsewhere"
         raise FlapError(f"{error}; {hint}") from error
 
 

@@ -124,13 +124,13 @@ def _is_broken(path: Path) -> bool:
 def check_not_source(out: Path, model: Path | str) -> None:
     """Raise UsageError where a model would be pruned into its own folder."""
     if out.exists() and Path(model).exists() and out.resolve() == Path(model).resolve():
-        raise UsageError(f"{out} is the model itself, which its pruned child would replace: give another --out or -d")
+        raise UsageError(f"{out} is the model itself, which its pruned child would replace: write elsewhere")
 
 
 PRUNED = Kind(
     load_pruned,
     lambda path: path.is_dir() and not any(path.iterdir()),  # an empty folder
-    "holds something that flap did not write: move it away or give another --out",
+    "holds something that flap did not write: move it away or write elsewhere",
 )
 
 
@@ -142,8 +142,8 @@ def keeps_old(out: Path, force: bool, progress: Progress) -> bool:
     some = ", ".join(theirs[:3]) + (f" and {len(theirs) - 3} more" if len(theirs) > 3 else "")
     if not force:
         raise FlapError(
-            f"{out} holds files that flap did not write, or that were changed since ({some}): move them away or give "
-            "another --out; --force moves the whole folder aside"
+            f"{out} holds files that flap did not write, or that were changed since ({some}): move them away or "
+            "write elsewhere; --force moves the whole folder aside"
         )
     progress.note(f"{out} holds {some}, which flap did not write: the old folder is kept as {free_name(out)}")
     return True

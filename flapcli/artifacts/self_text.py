@@ -77,5 +77,5 @@ def _load(path: Path) -> SelfText:
 
 def load_selftext(path: Path) -> SelfText | None:
     """What is at `path`; None where nothing is. Raises FlapError where it is something else."""
-    foreign = f"exists and is no text that flap sampled ({FORMAT}): move it away or give another --out"
+    foreign = f"exists and is no text that flap sampled ({FORMAT}): move it away or write elsewhere"
     return Kind(_load, lambda _path: False, foreign).find(path)

@@ -248,7 +248,7 @@ def load_stats(path: Path) -> Stats:
 
 def _header_and_specs(path: Path) -> tuple[StatsHeader, dict[str, TensorSpec]]:
     if not path.exists():
-        raise FlapError(f"no statistics at {path}: run `flap calibrate` first, or give --stats")
+        raise FlapError(f"no statistics at {path}: run `flap calibrate` first")
     found = read_header(path)
     if "flap" not in found.metadata:
         raise FlapError(f"{path} is not a flap stats file (its metadata has no key `flap`)")
@@ -274,4 +274,4 @@ def _is_ours(path: Path) -> bool:
         return path.name == "stats.safetensors"
 
 
-STATS = Kind(load_header, _is_ours, "exists and is not a flap stats file; move it away or give another --out")
+STATS = Kind(load_header, _is_ours, "exists and is not a flap stats file; move it away or write elsewhere")

@@ -73,5 +73,5 @@ def load_sweep(path: Path) -> Sweep:
 SWEEP = Kind(
     load_sweep,
     lambda path: says_format(path, "flap-sweep/"),
-    "exists and is not a sweep of flap's: move it away or give another --run-dir",
+    "exists and is not a sweep of flap's: move it away or write elsewhere",
 )

@@ -1,7 +1,8 @@
 """A target of parameters or bytes in the place of a ratio, as a plan records it. No torch."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -19,7 +20,7 @@ Kept = Mapping[tuple[int, Module], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Target:
-    """At most `limit` parameters, or bytes of weights where `option` is --target-size.
+    """At most `limit` parameters, or bytes of weights where `option` is --target-size, or that `share` of the dense's.
 
     `dtype` is what the weights will be written in, None the source's; with `biases` those that compensation
     adds are counted too.
@@ -29,6 +30,7 @@ class Target:
     limit: int
     dtype: StoredDtype | None
     biases: bool
+    share: Fraction | None = None
 
     @property
     def unit(self) -> str:
@@ -72,6 +74,10 @@ class Target:
         """The least by which two plans differ: a unit of the smaller kind."""
         units = [shape.unit_parameters(m) + shape.unit_biases[m] for m in shape.prunable]
         return self.dense(shape) - self._measure(shape, min(units), 0)
+
+    def of(self, shape: ModelShape) -> "Target":
+        """The same with the limit that a share of this model comes to."""
+        return replace(self, limit=int(self.share * self.dense(shape)), share=None) if self.share else self
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> "Target | None":

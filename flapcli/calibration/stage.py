@@ -8,7 +8,7 @@ from flapcli.artifacts.stats import STATS, StatsHeader
 from flapcli.calibration.request import CalibrationRequest
 from flapcli.checkpoints import DEMO, Hub, open_checkpoint
 from flapcli.errors import UsageError
-from flapcli.execution.processes import several_ranks
+from flapcli.execution.processes import is_writer, several_ranks
 from flapcli.execution.settings import CalibrateOptions, Execution
 from flapcli.progress import IMPORTING, Progress, Silent
 from flapcli.storage.sizes import parse_size
@@ -51,6 +51,8 @@ def calibrate(
             current = answer and StatsHeader.model_validate(answer)
         if current:
             return current, True
+        if out.exists() and not force and is_writer():
+            progress.note(f"{out} is of other settings, and is replaced once this is done; another -d would keep it")
         progress.doing(IMPORTING)
         from flapcli.calibration.job import write_stats
         from flapcli.execution.ranks import Ranks

@@ -1,5 +1,6 @@
 """What every kind of checkpoint offers: sizes and fingerprint from headers, tensors one by one."""
 
+import json
 from abc import abstractmethod
 from collections import Counter
 from functools import cached_property
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+
+TOKEN_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # which are no tokenizer
 
 
 class Checkpoint(Described):
@@ -98,8 +102,22 @@ class Checkpoint(Described):
         try:
             return self._load_tokenizer()
         except Exception as error:  # what broken files raise is of every kind
-            hint = lfs_hint(*(self.path.glob("tokenizer*") if self.path.is_dir() else []))
-            raise FlapError(f"{self.name}: its tokenizer can't be loaded: {first_line(error)}{hint}") from error
+            raise FlapError(f"{self.name}: its tokenizer can't be loaded: {self._why_no_tokenizer(error)}") from error
+
+    def _why_no_tokenizer(self, error: Exception) -> str:
+        """Which file is missing or broken, as far as flap can tell; else what the library said."""
+        if not self.path.is_dir() or isinstance(error, FlapError):
+            return first_line(error)
+        files = [path for path in sorted(self.path.iterdir()) if decides_tokens(path.name, False)]
+        for path in files:
+            if path.suffix == ".json":
+                try:
+                    json.loads(path.read_bytes())
+                except (OSError, ValueError, RecursionError) as broken:
+                    return f"{path.name} can't be read ({first_line(broken)}): fetch it anew{lfs_hint(path)}"
+        if all(path.name in TOKEN_SETTINGS for path in files):
+            return "there is none: put the model's tokenizer.json and tokenizer_config.json beside its config.json"
+        return f"{first_line(error)} (read from {', '.join(path.name for path in files)}){lfs_hint(*files)}"
 
     @property
     def companions(self) -> dict[str, Path]:
@@ -169,7 +187,8 @@ class Checkpoint(Described):
         if ids.size and (largest := int(ids.max())) >= self.vocabulary:
             raise FlapError(
                 f"{self.name}: its tokenizer gives the id {largest}, and its embedding has only {self.vocabulary} "
-                "rows: give the tokenizer that belongs to it, or resize the embedding (resize_token_embeddings)"
+                "rows: put the tokenizer.json that belongs to the model in place of this one, or resize the embedding "
+                "(resize_token_embeddings)"
             )
 
     @property

@@ -61,7 +61,7 @@ def _demo(hub: Hub) -> Path:
         ) from error
 
 
-def _weight_names(folder: Path, single: str) -> list[str]:
+def weight_names(folder: Path, single: str) -> list[str]:
     """The weight files of a checkpoint: those that its index names, else the one file of this name."""
     try:
         return sorted(set(weight_map(folder, single).values()))
@@ -86,7 +86,7 @@ def download(repo: str, hub: Hub) -> Path:
     try:
         folder = fetch(COMPANIONS)  # with the index, which names the weights that belong to the checkpoint
         for single in WEIGHTS:
-            names = _weight_names(folder, single)
+            names = weight_names(folder, single)
             folder = fetch([*COMPANIONS, *names])
             if all((folder / name).exists() for name in names):
                 break

@@ -73,10 +73,12 @@ def _misfits(checkpoint: Described, shape: ModelShape) -> Iterator[str]:
     yield from (
         f"tensor {name} is missing" for name in _required(checkpoint, shape, expected) if name not in checkpoint.tensors
     )
-    for name, want in (expected | _vocabulary_shapes(checkpoint, shape)).items():
+    vocabulary = _vocabulary_shapes(checkpoint, shape)
+    for name, want in (expected | vocabulary).items():
         spec = checkpoint.tensors.get(name)
         if spec is not None and spec.shape != want:
-            yield f"tensor {name} has shape {list(spec.shape)}, expected {list(want)}"
+            mend = " by config.json's vocab_size: mend it, or the weights" if name in vocabulary else ""
+            yield f"tensor {name} has shape {list(spec.shape)}, expected {list(want)}{mend}"
     layers = [checkpoint.family.layer.format(i=i) for i in range(shape.num_layers)]
     whole = {f"{layer}.{part}" for layer in layers for part in checkpoint.family.untouched_in_layer}
     whole.update(checkpoint.family.outside_layers)

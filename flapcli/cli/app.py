@@ -12,7 +12,7 @@ from flapcli.views.terminal import forgive_encodings
 
 # isort: off
 # Importing one registers its commands.
-from flapcli.cli import stages, heal_command, run_command, sweep_command, results  # noqa: F401
+from flapcli.cli import stages, heal_command, run_command, estimate_command, sweep_command, results  # noqa: F401
 # isort: on
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     forgive_encodings()
     if "--debug" not in sys.argv:
         quiet_libraries()
-    app()
+    app(prog_name="flap")
 
 
 def quiet_libraries() -> None:

@@ -13,6 +13,8 @@ import typer
 from flapcli.cli import interrupts
 from flapcli.cli import options as o
 from flapcli.cli.epilogs import epilog
+from flapcli.cli.help import Command
+from flapcli.cli.misuse import Group
 from flapcli.errors import FlapError, UnfinishedError
 from flapcli.views import terminal
 
@@ -20,6 +22,7 @@ app = typer.Typer(
     name="flap",
     help="Make large language models smaller without retraining (FLAP, AAAI 2024). "
     "calibrate -> plan -> apply -> eval, or all of it with run.",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,7 +72,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         seen = [p.replace(kind=p.KEYWORD_ONLY) for p in (first, *parameters, last)]
         guarded.__signature__ = inspect.Signature(seen)  # type: ignore[attr-defined]
         guarded.__annotations__ = {p.name: p.annotation for p in seen}
-        app.command(name=name, epilog=epilog(name))(guarded)
+        app.command(name=name, cls=Command, epilog=epilog(name))(guarded)
         return function
 
     return register

@@ -12,14 +12,15 @@ from typing import Annotated, Literal
 import typer
 
 from flapcli import __version__
+from flapcli.cli.help import COMMON, RARE
 from flapcli.errors import UsageError
 from flapcli.execution import settings as s
 from flapcli.storage.dtypes import Dtype, StoredDtype
 
 PresetName = Literal["paper", "best"]
-_in_text, _in_calibration, _in_plan, _in_apply, _in_eval, _in_execution, _in_hub, _in_speed = (
+_common, _rare, _in_text, _in_calibration, _in_plan, _in_apply, _in_eval, _in_execution, _in_speed = (
     partial(typer.Option, rich_help_panel=panel)
-    for panel in ("Text", "Calibration", "Plan", "Apply", "Evaluation", "Execution", "Hub", "Speed")
+    for panel in (COMMON, RARE, "Text", "Calibration", "Plan", "Apply", "Evaluation", "Execution", "Speed")
 )
 
 
@@ -32,15 +33,15 @@ def _print_version(value: bool) -> None:
 # One option a line or two, so that the whole list can be read; the formatter would take five for each.
 # fmt: off
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Debug = Annotated[bool, _rare("--debug", help="Show tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Work anew even where the artifact is up to date.")]
-Run = Annotated[Path, typer.Option("--run-dir", "-d", help="Folder of this pruning run.")]
+Run = Annotated[Path, _common("--run-dir", "-d", help="Folder of this pruning run.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write this stage's artifact.")]
 StatsFile = Annotated[Path | None, typer.Option("--stats", help="Statistics to read.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan to read.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw what the plan keeps into this .png or .svg file.")]
-Preset = Annotated[PresetName, typer.Option(
+Preset = Annotated[PresetName, _common(
     help="What options left out mean. paper: FLAP as published. best: Fisher information, least squares without "
     "biases, and beside the calibration windows three eighths as many that the model writes.")]
 Model = Annotated[str, typer.Argument(
@@ -65,9 +66,9 @@ Outtype = Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(
 class HubGroup:
     """How the hub is asked."""
 
-    revision: Annotated[str | None, _in_hub(help="Branch, tag or commit on the hub.")] = None
-    cache_dir: Annotated[Path | None, _in_hub(help="Where downloads from the hub are kept.")] = None
-    trust_remote_code: Annotated[bool, _in_hub(
+    revision: Annotated[str | None, _rare(help="Branch, tag or commit on the hub.")] = None
+    cache_dir: Annotated[Path | None, _rare(help="Where downloads from the hub are kept.")] = None
+    trust_remote_code: Annotated[bool, _rare(
         "--trust-remote-code", help="Run code that lies in the checkpoint.")] = False
 
 
@@ -75,7 +76,7 @@ class HubGroup:
 class WindowGroup:
     """How any text is read."""
 
-    text_column: Annotated[str, _in_text(help="Column of a .jsonl or .parquet file that holds the text.")] = "text"
+    text_column: Annotated[str, _rare(help="Column of a .jsonl or .parquet file that holds the text.")] = "text"
     seqlen: Annotated[int, _in_text(min=2, help="Tokens in a window.")] = s.CalibrateOptions.seqlen
 
 
@@ -83,16 +84,16 @@ class WindowGroup:
 class CalibrationGroup:
     """What calibration reads and keeps."""
 
-    dataset: Annotated[list[str] | None, _in_text(
+    dataset: Annotated[list[str] | None, _common(
         help="Calibration text: wikitext2, ptb, c4, pydoc, a .txt, .jsonl or .parquet file, or self (which the model "
         "writes itself); repeatable, with shares as in pydoc:0.7.", show_default="wikitext2; pydoc for demo")] = None
-    nsamples: Annotated[int, _in_text(min=1, help="Calibration windows.")] = s.CalibrateOptions.nsamples
+    nsamples: Annotated[int, _common(min=1, help="Calibration windows.")] = s.CalibrateOptions.nsamples
     seed: Annotated[int, _in_text(help="Seed of the windows' places, and of what self samples.")] = 0
     dtype: Annotated[Dtype, _in_calibration(
         "--dtype", help="What the model runs in; auto: bfloat16 where the hardware has it.")] = "auto"
     gram: Annotated[bool, _in_calibration(
         "--gram/--no-gram", help="Keep Gram matrices too (channels squared of each module).")] = False
-    gram_dtype: Annotated[Literal["float32", "bfloat16"], _in_calibration(
+    gram_dtype: Annotated[Literal["float32", "bfloat16"], _rare(
         "--gram-dtype", help="Type of the Gram matrices on disk.")] = s.CalibrateOptions.gram_dtype
     fisher: Annotated[bool, _in_calibration(
         "--fisher/--no-fisher", help="Keep units' Fisher information too (a backward pass; for plan's --metric FISHER, "
@@ -124,8 +125,8 @@ class UnitGroup:
     tensor_parallel: Annotated[int, _in_plan(
         "--tensor-parallel", min=1, help="Keep in every layer what splits over so many devices, as vLLM's "
         "--tensor-parallel-size wants it: heads, and MLP widths in multiples of 16 on each.")] = 1
-    allow_empty: Annotated[bool, _in_plan("--allow-empty", help="Let a layer lose all its heads or neurons.")] = False
-    attention_exponent: Annotated[float | None, _in_plan(
+    allow_empty: Annotated[bool, _rare("--allow-empty", help="Let a layer lose all its heads or neurons.")] = False
+    attention_exponent: Annotated[float | None, _rare(
         "--attention-exponent", min=0.01, help="Exponent of attention scores.",
         show_default="2 for flap, 1 for baselines")] = None
 
@@ -134,14 +135,14 @@ class UnitGroup:
 class AmountGroup:
     """How much is removed."""
 
-    ratio: Annotated[float | None, _in_plan(
+    ratio: Annotated[float | None, _common(
         help="Share of the prunable weights to remove.", show_default=str(s.PlanOptions.ratio))] = None
     target_params: Annotated[str | None, _in_plan(
-        help="Instead of --ratio: parameters that the whole model has at most, such as 100M or 1.5B, the biases that "
-        "apply adds included.")] = None
+        help="Instead of --ratio: parameters that the whole model has at most, such as 100M, 1.5B or 75% of what it "
+        "has, the biases that apply adds included.")] = None
     target_size: Annotated[str | None, _in_plan(
-        help="Instead of --ratio: bytes of weights that apply writes at most, such as 250MB or 1GiB; counted in the "
-        "source's type (float32 for GGUF) where no type is given.")] = None
+        help="Instead of --ratio: bytes of weights that apply writes at most, such as 250MB, 1GiB or 50% of the "
+        "dense model's in the same type: the source's (float32 for GGUF) where none is given.")] = None
 
 
 TargetDtype = Annotated[StoredDtype | None, _in_plan(
@@ -169,9 +170,9 @@ class CompensationGroup:
         "--sequential/--no-sequential", help="For lstsq: fit every projection in turn on what the pruned layers before "
         "it make of the calibration text, so that it repairs their errors too; runs the model, one layer at a time.",
         show_default="not; by --preset best yes")] = None
-    remote_code: Annotated[Literal["auto", "always"], _in_apply(
+    remote_code: Annotated[Literal["auto", "always"], _rare(
         help="auto: where every layer keeps the same sizes, write a checkpoint that needs no remote code.")] = "auto"
-    max_shard_size: Annotated[str, _in_apply(
+    max_shard_size: Annotated[str, _rare(
         help="Largest weight file, such as 5GB or 500MB.")] = s.ApplyOptions.max_shard_size
 
 
@@ -191,24 +192,29 @@ StoreDtype = Annotated[StoredDtype | None, _in_apply(
 class EvaluationGroup:
     """What is measured."""
 
-    perplexity: Annotated[list[str] | None, _in_eval(
+    perplexity: Annotated[list[str] | None, _common(
         help="Text to read perplexity on: wikitext2, ptb, c4, pydoc or a .txt, .jsonl or .parquet file; repeatable.",
         show_default="the calibration text's test part")] = None
+    perplexity_windows: Annotated[str, _in_eval(
+        metavar="N", help="Windows of a text to read at most, evenly spread over it, or all (the paper's).",
+        )] = str(s.EvalOptions.perplexity_windows)
     tasks: Annotated[str | None, _in_eval(
         help="lm-eval tasks, separated by commas, or zero-shot for the paper's seven (BoolQ, PIQA, HellaSwag, "
         "WinoGrande, ARC-e, ARC-c, OBQA).")] = None
-    include_path: Annotated[Path | None, _in_eval(help="Folder of your own lm-eval task files.")] = None
+    include_path: Annotated[Path | None, _rare(help="Folder of your own lm-eval task files.")] = None
     limit: Annotated[float | None, _in_eval(
         min=0.0001, help="Documents of a task, or below 1 a share of them; for trials.")] = None
     baseline: Annotated[bool, _in_eval("--baseline/--no-baseline", help="Measure the dense model beside it.")] = True
 
 
+EvaluateInRun = Annotated[bool, _in_eval("--eval/--no-eval", help="Measure what came out, or stop at apply.")]
 NumFewshot = Annotated[int | None, _in_eval(
     min=0, help="Examples in the prompt.", show_default="the task's own or 0")]
-CacheRequests = Annotated[bool, _in_eval(
+CacheRequests = Annotated[bool, _rare(
     "--cache-requests", help="Keep tasks' built prompts in ~/.cache/flap; --force builds them anew.")]
-EvalDtypeOfRun = Annotated[Dtype, _in_eval("--eval-dtype", help="What perplexity runs in; auto: float32 on a CPU.")]
-EvalDtype = Annotated[Dtype, _in_eval("--dtype", help="What the models run in; auto: float32 on a CPU.")]
+EvalDtypeOfRun = Annotated[Dtype, _in_eval("--eval-dtype", help="What perplexity runs in; auto as --dtype.")]
+EvalDtype = Annotated[Dtype, _in_eval(
+    "--dtype", help="What the models run in; auto: bfloat16 where the hardware has it.")]
 Speed = Annotated[bool, _in_eval("--speed/--no-speed", help="Time both models in turns; measure their memory.")]
 
 
@@ -240,9 +246,9 @@ class ExecutionGroup:
     device: Device = s.Execution.device
 
 
-DeviceMap = Annotated[Literal["auto", "balanced", "sequential"] | None, _in_execution(
+DeviceMap = Annotated[Literal["auto", "balanced", "sequential"] | None, _rare(
     help="Spread the model over all GPUs of this machine, by accelerate.")]
-RankTimeout = Annotated[float, _in_execution(
+RankTimeout = Annotated[float, _rare(
     min=5, help="Under torchrun: seconds without a sign of life after which a rank counts as dead.")]
 
 
@@ -250,7 +256,7 @@ RankTimeout = Annotated[float, _in_execution(
 class ScaleGroup:
     """How a calibration copes with size."""
 
-    activation_memory: Annotated[str, _in_execution(
+    activation_memory: Annotated[str, _rare(
         help="Hidden states of all windows stay in memory up to this size, else in files (--stream).",
         )] = s.Execution.activation_memory
     device_map: DeviceMap = None
@@ -272,12 +278,12 @@ class GenerateGroup:
 # fmt: on
 
 
-def batch(text: str) -> int | None:
-    """The number of --batch-size; None for auto. Raises UsageError for anything else."""
-    if text == "auto":
+def windows(text: str, option: str, word: str) -> int | None:
+    """The number of windows that `option` gives; None for `word`. Raises UsageError for anything else."""
+    if text == word:
         return None
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise UsageError(f"--batch-size {text}: give a number of windows, at least 1, or auto")
+        raise UsageError(f"{option} {text}: give a number of windows, at least 1, or {word}")
     return int(text)
 
 
@@ -288,7 +294,9 @@ def ratios(text: str) -> tuple[float, ...]:
     except ValueError:
         found = []
     if not found or not all(0 <= ratio < 1 for ratio in found):
-        raise UsageError(f"--ratios {text}: give shares of at least 0 and less than 1, separated by commas")
+        percent = all(1 < ratio < 100 for ratio in found)
+        hint = f"; did you mean {','.join(f'{ratio / 100:g}' for ratio in found)}?" if found and percent else ""
+        raise UsageError(f"--ratios {text}: give shares of at least 0 and less than 1, separated by commas{hint}")
     return tuple(found)
 
 

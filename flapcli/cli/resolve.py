@@ -113,7 +113,7 @@ def resolve(asked: Asked) -> Stages:
             tuple(evaluation.perplexity or ()), windows.seqlen, asked.eval_dtype, evaluation.baseline,
             windows.text_column, expand(evaluation.tasks) if evaluation.tasks is not None else (),
             str(evaluation.include_path) if evaluation.include_path else None, evaluation.limit, asked.num_fewshot,
-            asked.speed,
+            asked.speed, o.windows(evaluation.perplexity_windows, "--perplexity-windows", "all"),
         ),
         HealOptions(
             None, asked.heal_tokens, asked.heal_minutes, windows.seqlen, calibration.seed, calibration.dtype,
@@ -133,8 +133,8 @@ def execution_of(
 ) -> Execution:
     """How models run. Raises UsageError for a --batch-size that is none."""
     return Execution(
-        group.device, o.batch(group.batch_size), threads, stream, scale.activation_memory, scale.device_map,
-        scale.rank_timeout, cache_requests,
+        group.device, o.windows(group.batch_size, "--batch-size", "auto"), threads, stream, scale.activation_memory,
+        scale.device_map, scale.rank_timeout, cache_requests,
     )  # fmt: skip
 
 
@@ -149,8 +149,9 @@ def healing_of(group: HealGroup, windows: o.WindowGroup) -> HealOptions:
 
 
 def healing_execution_of(group: HealGroup, execution: o.ExecutionGroup) -> Execution:
+    batch_size = o.windows(execution.batch_size, "--batch-size", "auto")
     return Execution(
-        execution.device, o.batch(execution.batch_size), device_map=group.device_map, rank_timeout=group.rank_timeout,
+        execution.device, batch_size, device_map=group.device_map, rank_timeout=group.rank_timeout,
         checkpoint_activations=group.checkpoint_activations,
     )  # fmt: skip
 

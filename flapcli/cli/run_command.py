@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, not_run, note_of, print_made
 from flapcli.cli.heal_options import HealMinutes
-from flapcli.errors import UnfinishedError, UsageError
+from flapcli.errors import UnfinishedError, UsageError, only_with
 from flapcli.views import terminal
 from flapcli.views.display import Display
 
@@ -31,6 +31,7 @@ def run(
     store_dtype: o.StoreDtypeOfRun = None,
     calibration: o.CalibrationGroup,
     windows: o.WindowGroup,
+    evaluates: o.EvaluateInRun = True,
     evaluation: o.EvaluationGroup,
     speed: o.Speed = False,
     eval_dtype: o.EvalDtypeOfRun = "auto",
@@ -64,9 +65,13 @@ def run(
         if stages.plan.target and mask_only:
             raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
         check_not_source(RunDir(run_dir).pruned, model)
-        check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
+        if evaluates:
+            check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
+        else:
+            tasks, texts = evaluation.tasks is not None, bool(evaluation.perplexity)
+            only_with("--eval", False, {"--perplexity": texts, "--tasks": tasks, "--speed": speed})
     with hold(RunDir(run_dir).stats):
-        failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json)
+        failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json, evaluates)
     if as_json:
         from flapcli.views.contents import data_of, inspect
 
@@ -74,12 +79,19 @@ def run(
         terminal.data(data_of(inspect(run_dir)) | unsaved)
     if failed:
         raise failed
-    terminal.note(f"all {'five' if stages.heal else 'four'} stages: {terminal.duration(display.took)}")
+    count = ("three", "four", "five")[len(_names(stages, evaluates)) - 3]
+    terminal.note(f"all {count} stages: {terminal.duration(display.took)}")
+
+
+def _names(stages: "Stages", evaluates: bool) -> list[str]:
+    """Of the stages that run."""
+    return ["calibrate", "plan", "apply", *(["heal"] if stages.heal else []), *(["eval"] if evaluates else [])]
 
 
 def _go(
-    run_dir: Path, model: str, stages: "Stages", hub: "Hub", execution: "Execution", force: bool, draws: bool
-) -> Exception | None:
+    run_dir: Path, model: str, stages: "Stages", hub: "Hub", execution: "Execution", force: bool, draws: bool,
+    evaluates: bool,
+) -> Exception | None:  # fmt: skip
     """Run the stages, each drawn as it ends; returns what was wrong with the last, where eval.json is there anyway."""
     from flapcli.artifacts.run_dir import RunDir
     from flapcli.calibration.stage import calibrate
@@ -87,13 +99,14 @@ def _go(
     from flapcli.healing.stage import HealInputs, heal
     from flapcli.planning.stage import plan
     from flapcli.pruning.stage import ApplyInputs, apply
+    from flapcli.views.tables import show_end
 
     def ended(path: Path, made: Any, cached: bool) -> None:
         if draws:
             print_made(made, as_json=False)
         note_of(path, cached, display.took)
 
-    run, names = RunDir(run_dir), ["calibrate", "plan", "apply", *(["heal"] if stages.heal else []), "eval"]
+    run, names = RunDir(run_dir), _names(stages, evaluates)
 
     def display_of(stage: str) -> Display:
         return Display(f"[{names.index(stage) + 1}/{len(names)}] {stage}")
@@ -101,21 +114,28 @@ def _go(
     with display_of("calibrate") as display:
         found = calibrate(model, run.stats, stages.calibrate, hub, execution, force, display)
     ended(run.stats, *found)
+    others = run.plan.exists()
     with display_of("plan") as display:
         made = plan(run.stats, run.plan, stages.plan, force, display)
     ended(run.plan, *made)
+    if others and not (made[1] or force):
+        terminal.note(f"{run_dir} held another plan: its results are replaced; -d with another folder would keep both")
     with display_of("apply") as display:
-        folder = apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, display)
-    ended(run.pruned, *folder)
-    measured = run.pruned
+        folder, cached = apply(run.plan, run.pruned, stages.apply, ApplyInputs(hub=hub), execution, force, display)
+    ended(run.pruned, folder, cached)
     if stages.heal:
         with display_of("heal") as display:
-            healed, there = heal(run.pruned, run.healed, stages.heal, HealInputs(hub=hub), execution, force, display)
+            healed, cached = heal(run.pruned, run.healed, stages.heal, HealInputs(hub=hub), execution, force, display)
         if healed:
-            ended(measured := run.healed, healed, there)
+            ended(run.healed, healed, cached)
+            folder = healed
+    if not evaluates:
+        if draws:
+            show_end(made[0], folder, run_dir)
+        return None
     try:
         with display_of("eval") as display:
-            report, cached = evaluate(measured, run.eval, stages.evaluate, None, hub, execution, force, display)
+            report, cached = evaluate(folder.path, run.eval, stages.evaluate, None, hub, execution, force, display)
     except UnfinishedError as error:
         if draws:
             print_made(error.made, as_json=False)
@@ -125,4 +145,6 @@ def _go(
             raise
         return error
     ended(run.eval, report, cached)
+    if draws:
+        show_end(made[0], folder, run_dir, report)
     return not_run(report.all_failures, run.eval) if report.all_failures else None

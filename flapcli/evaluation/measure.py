@@ -12,7 +12,8 @@ from flapcli.execution.loading import layers_of, load_model, quiet_transformers
 from flapcli.execution.memory import Demand, give_back, should_stream
 from flapcli.execution.settings import EvalOptions
 from flapcli.progress import Progress
-from flapcli.texts.corpus import evaluation_windows
+from flapcli.storage.dtypes import dtype_name
+from flapcli.texts.corpus import evaluation_windows, spread
 from flapcli.texts.opening import first_predicted
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def measure_model(
     quiet_transformers()
     tokenizer = checkpoint.load_tokenizer()
     progress.doing(f"reading {', '.join(lacking) or 'tasks'}")
-    windows = {text: evaluation_windows(text, tokenizer, options.seqlen, options.text_column) for text in lacking}
+    whole = {text: evaluation_windows(text, tokenizer, options.seqlen, options.text_column) for text in lacking}
+    windows = {text: spread(tokens, options.perplexity_windows) for text, tokens in whole.items()}
     for tokens in windows.values():
         checkpoint.refuse_ids(tokens)
     streamed = should_stream(checkpoint, runtime, Demand(options.seqlen, logits=True), stream, progress)
@@ -60,7 +62,7 @@ def measure_model(
                 model, tokens, runtime.batch_size, progress, name, start=start, layers=layers_of(model, checkpoint)
             )
         progress.doing(f"counting bytes of {text}")
-        found.perplexity_details[text] = details(losses, tokens, tokenizer)
+        found.perplexity_details[text] = details(losses, tokens, tokenizer, len(whole[text]), dtype_name(runtime.dtype))
         found.perplexity[text] = exp_mean(losses, name)
     if tasks and model is not None:
         tasks.run(found, model, tokenizer, runtime.batch_size, progress, label)

@@ -114,7 +114,7 @@ def mean_losses(sums: NDArray[np.float64], predicted: int, description: str) -> 
     """Mean loss of each window from its sum over so many tokens. Raises FlapError where one is not finite."""
     means = sums / predicted
     if not np.isfinite(means).all():
-        raise FlapError(f"{description}: the loss is not finite; try --dtype float32")
+        raise FlapError(f"{description}: the loss is not finite; try float32 (--dtype, or --eval-dtype of run)")
     return means
 
 
@@ -128,11 +128,16 @@ def exp_mean(losses: NDArray[np.float64], description: str = "perplexity") -> fl
 
 
 def details(
-    losses: NDArray[np.float64], windows: NDArray[np.int64], tokenizer: "PreTrainedTokenizerBase"
+    losses: NDArray[np.float64],
+    windows: NDArray[np.int64],
+    tokenizer: "PreTrainedTokenizerBase",
+    of_windows: int | None = None,
+    dtype: str | None = None,
 ) -> TextDetails:
     """Standard error and bits per byte beside the perplexity of `windows`, (n, seqlen), with mean `losses`, (n,).
 
-    METHOD.md, Perplexity says what they are; the standard error of one window is 0.
+    METHOD.md, Perplexity says what they are; the standard error of one window is 0. The text has `of_windows`, the
+    model ran in `dtype`.
     """
     count, predicted = len(losses), windows.shape[1] - first_predicted(tokenizer)
     error = losses.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
@@ -144,6 +149,8 @@ def details(
         tokens=windows.shape[0] * predicted,
         bytes=size,
         begins_with=opening_text(tokenizer),
+        of_windows=None if of_windows == count else of_windows,
+        dtype=dtype,
     )
 
 

@@ -1,7 +1,7 @@
 """Which device and dtype a model runs in. The only place that knows what a device can do."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,11 +33,10 @@ class Runtime:
 
     @classmethod
     def of_eval(cls, execution: Execution, dtype: str) -> "Runtime":
-        """As `of`, where models are measured: on a CPU float32 by itself, so that figures are exact."""
-        runtime = cls.of(execution, dtype)
+        """As `of`, where models are measured: on as many threads as asked for."""
         if execution.threads:
             torch.set_num_threads(execution.threads)
-        return replace(runtime, dtype=torch.float32) if dtype == "auto" and runtime.device.type == "cpu" else runtime
+        return cls.of(execution, dtype)
 
 
 def pick_device(name: str) -> torch.device:

@@ -39,6 +39,7 @@ def load_model(
                 trust_remote_code=checkpoint.hub.trust_remote_code,
                 device_map=device_map,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which `_refuse_gaps` names
             )
         _refuse_gaps(checkpoint, told)
         if device_map:
@@ -48,16 +49,20 @@ def load_model(
         raise
     except Exception as error:  # a configuration may ask for what is not installed, or does not exist
         if out_of_memory(error):
-            raise FlapError(f"{checkpoint.name}: out of memory on {device} while loading: use --stream") from error
+            raise FlapError(
+                f"{checkpoint.name}: out of memory on {device} while loading: use another --device, or --stream where "
+                "the command has it"
+            ) from error
         raise FlapError(f"{checkpoint.name}: transformers can't load it: {first_line(error)}") from error
 
 
 def _refuse_gaps(checkpoint: Checkpoint, told: dict[str, Any]) -> None:
     """Raise FlapError where transformers made weights up, or left some of the checkpoint's out."""
     left_out = [name for name in told["unexpected_keys"] if checkpoint.own_name(name) in checkpoint.tensors]
+    mismatched = told["mismatched_keys"]
     for what, names in (
         ("finds no weights for", told["missing_keys"]),
-        ("finds other shapes for", told["mismatched_keys"]),
+        ("by config.json expects other shapes for", [key if isinstance(key, str) else key[0] for key in mismatched]),
         ("leaves out", left_out),
     ):
         if names:
@@ -137,4 +142,6 @@ def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTraine
     config.architectures = [checkpoint.family.architecture]
     kind = _class_of(checkpoint)
     kind = AutoModelForCausalLM._model_mapping[type(config)] if kind is AutoModelForCausalLM else kind
-    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
+    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip

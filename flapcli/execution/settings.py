@@ -130,7 +130,7 @@ class SpeedOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is measured. No `perplexity`: on the calibration's text. `dtype` auto: float32 on a CPU."""
+    """What is measured. No `perplexity`: on the calibration's text, of whose windows at most `perplexity_windows`."""
 
     perplexity: tuple[str, ...] = ()
     seqlen: int = 128
@@ -142,6 +142,7 @@ class EvalOptions:
     limit: float | None = None
     num_fewshot: int | None = None
     speed: SpeedOptions | None = None
+    perplexity_windows: int | None = 256
 
     def check(self) -> None:
         """Raise UsageError for what no model could be measured by, and for options that do nothing."""

@@ -20,7 +20,10 @@ def push(folder: Path, repo: str, private: bool) -> str:
     Raises FlapError where the folder is not flap's, where `private` is asked of a repository that is public, and
     where the hub refuses or can't be reached.
     """
-    pruned = PRUNED.find(folder)
+    try:
+        pruned = PRUNED.find(folder)
+    except FlapError as error:
+        raise FlapError(f"{folder} is no folder that flap pruned, and only those are pushed") from error
     if pruned is None:
         raise FlapError(f"nothing to push at {folder}: run `flap apply` first")
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -71,7 +71,7 @@ def _is_ours(path: Path) -> bool:
         return file.read(4) == b"GGUF" and b'"flap-gguf/' in file.read(2**26)
 
 
-GGUF = Kind(_load, _is_ours, "exists and flap did not write it: move it away or give another --out")
+GGUF = Kind(_load, _is_ours, "exists and flap did not write it: move it away or write elsewhere")
 
 
 @holding

@@ -62,7 +62,8 @@ def checked(options: PlanOptions) -> tuple[str, Request]:
             "applies; leave --attention-exponent out"
         )
     if not 0 <= ratio < 1:
-        raise UsageError(f"--ratio {ratio}: must be at least 0 and less than 1")
+        percent = f"; did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
+        raise UsageError(f"--ratio {ratio:g}: must be at least 0 and less than 1{percent}")
     if remove_heads is not None and not structure.endswith("-MM"):
         raise UsageError(f"--remove-heads is for structures UL-MM and AL-MM, not {structure}")
     if remove_heads is None and structure.endswith("-MM"):

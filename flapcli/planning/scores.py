@@ -48,7 +48,8 @@ def fisher_obs(stats: Stats) -> UnitScores:
     """
     if stats.fisher is None or stats.elimination is None:
         raise FlapError(
-            f"{stats.path} has no elimination, which --metric FISHER-OBS needs: run `flap calibrate --gram --fisher`"
+            f"{stats.path} has no elimination, which --metric FISHER-OBS needs: run `flap calibrate --gram "
+            "--fisher`, or `flap calibrate --preset best`, which keeps all that --preset best reads"
         )
     heads = {key: ELIMINATION_WEIGHT * values for key, values in stats.elimination.items()}
     return _per_parameter(stats, stats.fisher | heads)

@@ -35,11 +35,12 @@ def plan(
     metric, request = checked(options)
     exponent = options.attention_exponent or (2.0 if options.method == "flap" else 1.0)
     stats = _in_units(load_stats(stats_path), options.attention_unit, metric)
+    target = options.target and options.target.of(stats.model)
     path, folder = stats_path.resolve(), out.parent.resolve()
     stored = path.relative_to(folder) if path.is_relative_to(folder) else path
     reference = StatsRef(path=str(stored), sha256=sha256(stats_path))
     with progress.task("plan", 1, "plans") as advance:  # a target takes a search of some seconds
-        made = choose(stats, reference, options.method, metric, request, exponent, options.target)
+        made = choose(stats, reference, options.method, metric, request, exponent, target)
         advance(1)
     if options.attention_unit:
         made = made.model_copy(update={"settings": made.settings | {"attention_unit": options.attention_unit}})

@@ -6,7 +6,7 @@ from flapcli.architecture.shape import ModelShape
 from flapcli.artifacts.target import Kept, Target
 from flapcli.errors import UnreachableError, UsageError
 from flapcli.storage.dtypes import StoredDtype
-from flapcli.storage.sizes import parse_count, parse_size
+from flapcli.storage.sizes import parse_count, parse_share, parse_size
 
 STEPS = 10**9  # ratios are searched in billionths, less than a neuron of any model
 
@@ -32,12 +32,13 @@ def target_of(
     if params is not None and size is not None:
         raise UsageError("--target-params and --target-size exclude each other: give one")
     counted = method == "flap" if biases is None else biases
-    if params is not None:
-        if dtype:
-            raise UsageError(f"--dtype {dtype} is for --target-size; `flap apply` takes it here")
-        target = Target("--target-params", parse_count(params, "--target-params"), None, counted)
-    else:
-        target = Target("--target-size", parse_size(str(size), "--target-size"), dtype, counted)
+    if params is not None and dtype:
+        raise UsageError(f"--dtype {dtype} is for --target-size; `flap apply` takes it here")
+    option, given, parse = (
+        ("--target-params", params, parse_count) if params is not None else ("--target-size", str(size), parse_size)
+    )
+    share = parse_share(given, option)
+    target = Target(option, 0 if share else parse(given, option), dtype, counted, share)
     if ratio is not None:
         raise UsageError(f"{target.option} finds the ratio itself: leave out --ratio {ratio}")
     return target

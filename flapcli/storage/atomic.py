@@ -171,7 +171,7 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise FlapError(
             f"not enough disk space at {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
-            "free some or write elsewhere with --out"
+            "free some or write elsewhere"
         )
 
 
@@ -179,5 +179,5 @@ def explain(error: OSError, target: Path) -> FlapError:
     """The error of one line for what the file system said of `target`."""
     cut_short = error.errno is None and str(error).endswith(" written")  # numpy's: "9 requested and 4 written"
     if error.errno in NO_SPACE or cut_short:
-        return FlapError(f"no space left while writing {target}: free some disk space or use --out elsewhere")
+        return FlapError(f"no space left while writing {target}: free some disk space or write elsewhere")
     return FlapError(f"cannot write {target}: {error.strerror or error}")

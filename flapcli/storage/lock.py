@@ -114,12 +114,12 @@ def _take(lock: Path, shown: Path) -> str:
                 return text
             if found and not found.is_void:
                 raise FlapError(
-                    f"another run is at work in {shown} ({found.describe()}): wait for it or stop it, or give another "
-                    "-d or --out"
+                    f"another run is at work in {shown} ({found.describe()}): wait for it or stop it, or write "
+                    "elsewhere"
                 )
             if found:
                 _remove(lock, found.text)
-        raise FlapError(f"other runs begin in {shown} all the time: try again, or give another -d or --out")
+        raise FlapError(f"other runs begin in {shown} all the time: try again, or write elsewhere")
     finally:
         with suppress(OSError):
             scratch.unlink()

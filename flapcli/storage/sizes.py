@@ -9,6 +9,15 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
+def parse_share(text: str, option: str) -> Fraction | None:
+    """75% as 3/4; None for what is no percentage. Raises UsageError naming the option for one beyond 100."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text.strip(), re.ASCII)
+    share = Fraction(match[1]) / 100 if match else None
+    if share is not None and not 0 < share <= 1:
+        raise UsageError(f"{option} {text}: give a share of the dense model, more than 0% and at most 100%")
+    return share
+
+
 def parse_size(text: str, option: str) -> int:
     """Bytes of a size such as `5GB`, `500MB` or `2GiB`. Raises UsageError naming the option."""
     number = text.upper().rstrip("KMGIB")

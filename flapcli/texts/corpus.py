@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from flapcli.checkpoints import DEMO
 from flapcli.checkpoints.hub_errors import why
-from flapcli.errors import FlapError, UsageError, first_line
+from flapcli.errors import FlapError, UsageError, first_line, meant
 from flapcli.storage.hashing import sha256
 from flapcli.texts.opening import opening, room_for_text
 
@@ -68,7 +68,8 @@ def check_source(source: str, option: str, names: Sequence[str] = NAMED) -> None
         return
     path = Path(source)
     if path.suffix not in FILE_TYPES:
-        raise UsageError(f"{option} {source}: give {', '.join(names)} or a file that ends in {', '.join(FILE_TYPES)}")
+        kinds = f"{', '.join(names)} or a file that ends in {', '.join(FILE_TYPES)}"
+        raise UsageError(f"{option} {source}: give {kinds}{meant(source, names)}")
     if not isfile(path):  # which is False for what is too long to be a name
         raise UsageError(f"{option} {source}: no such file")
 
@@ -141,6 +142,13 @@ def evaluation_windows(source: str, tokenizer: "PreTrainedTokenizerBase", seqlen
             f"{source}: too little text for perplexity: {len(ids)} tokens, a window takes {length}; lower --seqlen"
         )
     return _opened(ids[: count * length].reshape(count, length)[: TEST_WINDOWS.get(source)], first)
+
+
+def spread(windows: Windows, most: int | None) -> Windows:
+    """At most so many of `windows`, evenly spread over the text; all for None."""
+    if most is None or len(windows) <= most:
+        return windows
+    return windows[np.linspace(0, len(windows) - 1, most).round().astype(int)]
 
 
 def _opened(texts: Windows, first: list[int]) -> Windows:

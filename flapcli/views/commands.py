@@ -74,6 +74,14 @@ def eval_command(settings: Mapping[str, Any], run_dir: str, checkpoint: str | No
     return _join("eval", [checkpoint] if checkpoint else [], run_dir, options)
 
 
+def next_commands(run_dir: str, exports: bool, measured: bool) -> list[str]:
+    """What to do with a run that is done."""
+    place = shlex.quote(run_dir)
+    report = f"flap {'report' if measured else 'eval'} -d {place}"
+    export = [f"flap export gguf -d {place}"] if exports else [f"flap push USER/NAME -d {place}"]
+    return [f'flap generate "Once upon a time" -d {place}', report, *export]
+
+
 def _column(settings: Mapping[str, Any]) -> str | None:
     """`--text-column` where it is not the default."""
     column = settings.get("text_column")

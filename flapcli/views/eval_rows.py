@@ -1,7 +1,9 @@
 """An evaluation in words and rows, for the terminal and the page alike. No torch."""
 
 from flapcli.artifacts.eval_report import EvalReport, Measurement, Spread
+from flapcli.artifacts.plan import Plan
 from flapcli.evaluation.task_names import main_metric
+from flapcli.storage.dtypes import ITEM_SIZE
 
 Row = tuple[str, list[str]]
 SMALL_BYTES = 2 * 10**9  # below this a CPU spends much of its time outside the matrix products
@@ -19,10 +21,15 @@ def quality_rows(report: EvalReport) -> list[Row]:
     models = list(models_of(report).values())
     rows: list[Row] = []
     for text in report.perplexity:
-        rows.append((f"perplexity {text}", [_perplexity(m, text) for m in models]))
+        details = report.perplexity_details.get(text)
+        part = f" ({details.windows} of {details.of_windows:,} windows)" if details and details.of_windows else ""
+        rows.append((f"perplexity {text}{part}", [_perplexity(m, text) for m in models]))
         if all(text in m.perplexity_details for m in models):
             bits = [f"{m.perplexity_details[text].bits_per_byte:.3f}" for m in models]
             rows.append((f"bits per byte {text}", bits))
+    ran = [{d.dtype for d in m.perplexity_details.values() if d.dtype} for m in models]
+    if all(ran):
+        rows.append(("run in", [", ".join(sorted(found)) for found in ran]))
     for task, metrics in report.tasks.items():
         for metric in shown_metrics(task, metrics):
             rows.append((f"{task} ({metric})", [_metric(m.tasks.get(task, {}), metric) for m in models]))
@@ -38,6 +45,7 @@ def cost_rows(report: EvalReport) -> list[Row]:
     rows: list[Row] = [
         ("parameters", [f"{m.size.parameters:,}" for m in models]),
         ("weights on disk", [f"{megabytes(m.size.bytes)} ({m.size.stored_as})" for m in models]),
+        *_alike(models),
     ]
     details = [m.speed_details for m in models if m.speed_details]
     if len(details) != len(models):
@@ -52,6 +60,41 @@ def cost_rows(report: EvalReport) -> list[Row]:
         rows.append((f"decode tokens/s {name}", [_spread(c.decode) for c in cases]))
         rows.append((f"MACs per decoded token {name}", [f"{c.macs_decode / 1e6:,.1f} M" for c in cases]))
     return rows
+
+
+def _alike(models: list[Measurement]) -> list[Row]:
+    """Sizes of models that are stored in unlike types, like with like: what a weight takes, and all in the last's."""
+    kind = models[-1].size.stored_as
+    if len({m.size.stored_as for m in models}) == 1 or kind not in ITEM_SIZE:
+        return []
+    return [
+        ("bits a weight", [f"{m.size.bytes * 8 / m.size.parameters:.1f}" for m in models]),
+        (f"weights as {kind}", [megabytes(m.size.parameters * ITEM_SIZE[kind]) for m in models]),
+    ]
+
+
+def story(report: EvalReport, plan: Plan) -> list[str]:
+    """What pruning took and what it cost, a line each."""
+    before, after, planned = plan.parameters.model, report.size.parameters, plan.parameters.model_after
+    biases = f"; {after - planned:,} of them are added biases" if after > planned else ""
+    removed = f"{plan.ratio.achieved:.1%} of what can be pruned"
+    lines = [
+        f"parameters {before:,} -> {after:,}: {after / before - 1:+.1%} ({removed}{biases})"
+        if after < before
+        else f"parameters {after:,}: as many as before, {removed} set to zero"
+    ]
+    if not (dense := report.baseline):
+        return lines
+    for text, value in report.perplexity.items():
+        if was := dense.perplexity.get(text):
+            lines.append(f"perplexity {text} {was:.2f} -> {value:.2f}: {value / was - 1:+.0%}")
+    kind, disk = report.size.stored_as, dense.size
+    if kind in ITEM_SIZE:
+        same, now = disk.parameters * ITEM_SIZE[kind], report.size.bytes
+        source = f"; the source is {disk.stored_as}, {disk.bytes * 8 / disk.parameters:.1f} bits a weight, "
+        unlike = f"{source}{megabytes(disk.bytes)}" if disk.stored_as != kind else ""
+        lines.append(f"weights, both as {kind}, {megabytes(same)} -> {megabytes(now)}: {now / same - 1:+.1%}{unlike}")
+    return lines
 
 
 def speed_lines(report: EvalReport) -> list[str]:
@@ -87,6 +130,10 @@ def shown_metrics(task: str, metrics: dict[str, float]) -> list[str]:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 10**8 else megabytes(count)
 
 
 def _verdict(gain: Spread) -> str:

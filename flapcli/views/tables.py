@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from math import log10
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 from rich.text import Text
 
+from flapcli.architecture.family import families
 from flapcli.architecture.shape import Module
 from flapcli.artifacts.eval_report import EvalReport
 from flapcli.artifacts.plan import Plan, format_ranges
@@ -16,8 +17,12 @@ from flapcli.artifacts.self_text import SelfText
 from flapcli.artifacts.stats import StatsHeader
 from flapcli.artifacts.sweep_results import Figures, Row, Sweep
 from flapcli.export.stage import ExportedGguf
-from flapcli.views.eval_rows import cost_rows, megabytes, models_of, quality_rows, speed_lines
-from flapcli.views.terminal import out
+from flapcli.views.commands import next_commands
+from flapcli.views.eval_rows import cost_rows, gigabytes, megabytes, models_of, quality_rows, speed_lines, story
+from flapcli.views.terminal import duration, out
+
+if TYPE_CHECKING:
+    from flapcli.estimation.estimate import Estimate
 
 BAR = 20  # characters
 WIDTH, HEIGHT, MARGIN = 60, 12, 10  # of the plot of a sweep and of its labels, in characters
@@ -58,19 +63,22 @@ def show_plan(plan: Plan) -> None:
     """A row and two bars per layer, and what it comes to."""
     table = Table(title=f"{plan.method} {plan.metric} {plan.structure} on {plan.model.name}", title_justify="left")
     table.add_column("layer", justify="right")
+    bars = out.width >= 10 + len(plan.present) * (BAR + 15)  # else the counts alone
     for module in plan.present:
-        table.add_column(plan.layers[0].module(module).unit + "s", justify="right", no_wrap=True)
-        table.add_column(f"{module} kept", no_wrap=True)
+        unit = plan.layers[0].module(module).unit + "s"
+        table.add_column(unit if bars else f"{module}: {unit}", justify="right", no_wrap=bars)
+        if bars:
+            table.add_column(f"{module} kept", no_wrap=True)
     for layer, *counts in zip(plan.layers, *map(plan.counts, plan.present), strict=True):
         row = [str(layer.index)]
         for count, of in zip(counts, (layer.module(module).of for module in plan.present), strict=True):
-            row += [f"{count}/{of}", _bar(count, of)]
+            row += [f"{count}/{of}", *([_bar(count, of)] if bars else [])]
         table.add_row(*row)
     out.print(table)
     p = plan.parameters
     out.print(
         f"{plan.ratio.achieved:.2%} of {p.prunable:,} prunable weights go (asked: {plan.ratio.requested:.2%})\n"
-        f"parameters {p.model:,} -> {p.model_after:,}",
+        f"parameters {p.model:,} -> {p.model_after:,}, without the biases that apply may add",
         highlight=False,
     )
     if target := plan.target:
@@ -113,7 +121,7 @@ def show_folder(folder: PrunedFolder) -> None:
     if flap.output_error and not flap.healed:
         _show_output_errors(flap.output_error)
     counts = ", ".join(map(str, folder.tensor_parallel))
-    out.print(f"tensor parallel sizes that divide every layer: {counts}", highlight=False, soft_wrap=True)
+    out.print(f"tensor parallel sizes that divide every layer: {counts}", highlight=False)
 
 
 def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]]) -> None:
@@ -127,7 +135,9 @@ def _show_output_errors(errors: Mapping[Module, list[tuple[float, float] | None]
 
 def show_report(report: EvalReport) -> None:
     """The figures of the pruned model, the dense one's beside them, and what the speed comes to."""
-    table = Table("", *_right(*models_of(report)), title=report.checkpoint, title_justify="left")
+    table = Table(
+        Column("", overflow="fold"), *_right(*models_of(report)), title=report.checkpoint, title_justify="left"
+    )
     for name, cells in quality_rows(report) + cost_rows(report):
         table.add_row(name, *cells)
     out.print(table)
@@ -137,6 +147,42 @@ def show_report(report: EvalReport) -> None:
         out.print(Text(f"unfinished: {report.unfinished}"), soft_wrap=True)
     if report.all_failures:
         out.print(Text(f"tasks that were not run: {', '.join(report.all_failures)}"), soft_wrap=True)
+
+
+def show_end(plan: Plan, folder: PrunedFolder, run_dir: Path, report: EvalReport | None = None) -> None:
+    """The end of a run: what pruning took and cost, where that was measured, and what to do next."""
+    next_ones = next_commands(str(run_dir), _exports(plan, folder), bool(report))
+    for line in (*(story(report, plan) if report else ()), "next:", *(f"  {line}" for line in next_ones)):
+        out.print(Text(line), soft_wrap=True)
+
+
+def _exports(plan: Plan, folder: PrunedFolder) -> bool:
+    """Whether llama.cpp may read such sizes and biases, by what the family's forms say of them."""
+    even = all(len(set(plan.counts(module))) == 1 for module in plan.present)
+    forms = families()[plan.model.family].gguf.forms
+    return any((form.per_layer or even) and (form.output_biases or not folder.flap.biases) for form in forms)
+
+
+def show_estimate(found: "Estimate") -> None:
+    """What the stages would take, beside what there is."""
+    size = f"{found.parameters:,} parameters, {gigabytes(found.bytes)} of {found.stored_as}"
+    table = Table("", "goes", *_right("memory", "disk", "reads", "time"), title=f"{found.model}: {size}",
+                  title_justify="left")  # fmt: skip
+    for need in found.stages:
+        sizes = map(gigabytes, (need.memory, need.disk, need.reads))
+        table.add_row(need.stage, need.way, *sizes, duration(need.seconds))
+    memory, disk = max(need.memory for need in found.stages), sum(need.disk for need in found.stages)
+    took = duration(sum(need.seconds for need in found.stages))
+    table.add_section()
+    table.add_row("run", "", gigabytes(memory), gigabytes(disk), "", took)
+    table.add_row("there is", found.device, gigabytes(found.free_memory), gigabytes(found.free_disk), "", "")
+    out.print(table)
+    rate = f"{2 * found.multiplies / 1e9:,.0f} GFLOP/s in {found.dtype}"
+    out.print(
+        f"computed, not measured: by {rate} and {megabytes(round(found.writes))}/s, as this machine did just now; it "
+        "may take some times longer where it is busy",
+        highlight=False,
+    )
 
 
 def show_export(exported: ExportedGguf) -> None:
@@ -176,12 +222,12 @@ def show_trials(found: dict[str, Any]) -> None:
 
 
 def _pairs(title: str) -> Table:
-    columns = (Column(style="bold"), Column(overflow="fold"))
+    columns = (Column(style="bold", overflow="fold"), Column(overflow="fold"))
     return Table(*columns, title=title, title_justify="left", show_header=False)
 
 
 def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
+    return [Column(name, justify="right", overflow="fold") for name in names]
 
 
 def _bar(count: int, of: int) -> str:

@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import sys
+from math import isfinite
 from typing import Any
 
 from rich.console import Console
@@ -42,8 +43,16 @@ def note(message: str) -> None:
 
 
 def data(value: Any) -> None:
-    """JSON on stdout, plain."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """JSON on stdout, plain: null for a number that JSON has none for."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def duration(seconds: float) -> str:

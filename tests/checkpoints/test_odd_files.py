@@ -57,6 +57,22 @@ def test_deep_json(model, text_file, flap):
     assert "can't be read as JSON" in refused(flap, model, text_file)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", None, "there is none: put the model's tokenizer.json"),
+        ("tokenizer.json", "{", "tokenizer.json can't be read (Expecting property name"),
+        ("tokenizer.json", "[]", "(read from tokenizer.json, tokenizer_config.json)"),
+    ],
+)
+def test_a_tokenizer_that_is_missing_or_broken_is_named(name, content, words, model, text_file, flap):
+    (model / name).unlink()
+    if content:
+        (model / name).write_text(content)
+    said = refused(flap, model, text_file)
+    assert "its tokenizer can't be loaded: " in said and words in said
+
+
 def test_a_tokenizer_configuration_that_is_no_object(model, text_file, flap):
     (model / "tokenizer_config.json").write_text("[]")
     assert "its tokenizer can't be loaded" in refused(flap, model, text_file)

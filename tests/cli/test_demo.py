@@ -1,6 +1,7 @@
 """The real model: SmolLM2-135M-Instruct from GGUF, with grouped-query attention, on real text."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -73,6 +74,14 @@ def test_again_every_stage_answers_from_its_cache(demo, flap):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     result = flap("run", "demo", "-d", run, "--nsamples", 64)
     assert result.stderr.count("up to date") == 4
+    said = result.stdout
+    assert re.search(
+        r"\nparameters 134,515,008 -> 113,3\d\d,\d{3}: -15\.8% \(20\.0% of what can be pruned; 34,560 of", said
+    )
+    assert re.search(r"\nperplexity pydoc 24\.05 -> 3\d\.\d\d: \+[2-4]\d%\n", said)
+    assert "weights, both as F32, 538.1 MB -> 453" in said and "the source is Q4_1, 5.7 bits a weight, 96.6 MB" in said
+    assert said.endswith(f"  flap report -d {run}\n  flap export gguf -d {run}\n")
+    assert re.search(r"all four stages: \d+ s", result.stderr)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 

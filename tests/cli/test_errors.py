@@ -111,6 +111,16 @@ def test_too_little_text(flap, tiny, tmp_path):
         ("--round-to 64", "--round-to 64: layer 0, mlp has only 56 units"),
         ("--round-to 56 --ratio 0.6", "--ratio 0.6 can't be reached: in these multiples at most"),
         ("--attention-exponent inf", "--attention-exponent inf: must be a number"),
+        ("--ratio 20", "--ratio 20: must be at least 0 and less than 1; did you mean 0.2?"),
+        (
+            "--method wanda",
+            "--method wanda: give one of flap, wanda-sp, mag-sp, depth, experts; did you mean wanda-sp?",
+        ),
+        ("--metric wifv", "did you mean WIFV?"),
+        ("--rato 0.2", "no such option: --rato; did you mean --ratio? (see flap plan --help)"),
+        ("--round-to x", "--round-to x: give a whole number"),
+        ("--round-to 0", "--round-to 0: must be at least 1"),
+        ("--ratio", "requires an argument"),
     ],
 )
 def test_plan_misuse(flap, run, options, words):
@@ -124,7 +134,8 @@ def test_plan_misuse(flap, run, options, words):
     [
         ("calibrate --batch-size none", "--batch-size none"),
         ("calibrate --dataset nowhere.txt", "no such file"),
-        ("calibrate --dataset wiki", "--dataset wiki: give wikitext2, ptb, c4, pydoc"),
+        ("calibrate --dataset WikiText", "--dataset WikiText: give wikitext2, ptb, c4, pydoc"),
+        ("calibrate --dataset WikiText2", "did you mean wikitext2?"),
         ("calibrate --device cuda", "--device cuda: this machine has none"),
         ("eval --perplexity nowhere.txt", "no such file"),
         ("calibrate --device cpu:x", "--device cpu:x: no device"),
@@ -173,6 +184,9 @@ def test_stages_name_the_one_before(flap, tmp_path):
     refused(flap("plan", "-d", tmp_path, code=1), "run `flap calibrate` first")
     refused(flap("apply", "-d", tmp_path, code=1), "run `flap plan` first")
     refused(flap("show", tmp_path, code=1), "holds no artifact")
+    (tmp_path / "notes.txt").write_text("not a pruned folder")
+    refused(flap("push", "me/it", tmp_path, code=1), "is no folder that flap pruned")  # it has no --out to name
+    refused(flap("compare", code=2), "RUN RUN ... is missing (see flap compare --help)")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "foreign", "tensor", "header"])
@@ -229,7 +243,7 @@ def test_broken_checkpoint(flap, run, tiny, tmp_path, damage):
         ('of: 3, keep: "0-2"', 'of: 3, keep: "2-0"', "runs backwards"),
         ('of: 3, keep: "0-2"', 'of: 5, keep: "0-2"', "expected 3 kv_group"),
         ("unit: kv_group", "unit: heads", "layers.0.attention.unit"),
-        ("method: flap", "metod: flap", "metod: Extra inputs are not permitted"),
+        ("method: flap", "metod: flap", "metod: is no key of this format"),
         ("- index: 1", "- index: 7", "layer 7 stands where layer 1 belongs"),
         ("format: flap-plan/1", "format: flap-plan/9", "not a plan of format flap-plan/1"),
         ("layers:", "layers: [", "not YAML"),

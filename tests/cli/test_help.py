@@ -3,6 +3,9 @@
 import re
 
 import pytest
+from typer.main import get_command
+
+from flapcli.cli.app import app
 
 DEFAULTS = {
     "calibrate": ["wikitext2; pydoc for demo", "--stream where the weights exceed the device's free memory", "1024"],
@@ -43,6 +46,22 @@ def test_options_of_run_stand_in_panels(flap, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = flap("run", "--help").stdout
     panels = re.findall(r"^╭─ (.+?) ─", text, re.MULTILINE)
-    stages = ["Plan", "Apply", "Healing", "Text", "Calibration", "Evaluation", "Execution", "Hub"]
-    assert panels == ["Arguments", "Options", *stages]
-    assert text.index("─ Plan ─") < text.index("--ratio ") < text.index("─ Apply ─") < text.index("--compensate ")
+    others = ["Plan", "Apply", "Healing", "Text", "Calibration", "Evaluation", "Execution", "Options"]
+    assert panels == ["Arguments", "Common", *others, "Rare"]
+    common = text[text.index("─ Common ─") : text.index("─ Plan ─")]
+    assert re.findall(r"--[a-z-]+(?= [A-Z])", common) == [
+        "--run-dir", "--preset", "--ratio", "--dataset", "--nsamples", "--perplexity"
+    ]  # fmt: skip
+    assert text.rstrip().splitlines()[-1].startswith("    $ flap run ")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("command", DEFAULTS)
+def test_no_terminal_cuts_names(command, columns, flap, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = flap(command, "--help").stdout
+    for param in get_command(app).commands[command].params:
+        assert all(re.search(rf"(^|[ │]){name}[ ,│\n]", text) for name in (*param.opts, *param.secondary_opts)
+                   if param.param_type_name == "option")  # fmt: skip
+    assert "…" not in text
+    assert all(len(line) <= columns for line in text.splitlines() if "$" not in line and "|" not in line)

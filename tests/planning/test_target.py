@@ -102,6 +102,17 @@ def test_asked_again_it_is_up_to_date(calibrated, flap, tmp_path):
     assert load_plan(plan).settings["target_biases"] is False
 
 
+@pytest.mark.parametrize(
+    ("option", "share", "of"), [("--target-params", "75%", 1), ("--target-size", "75% --dtype bfloat16", 2)]
+)
+def test_shares_of_the_dense_model(calibrated, flap, tmp_path, option, share, of):
+    run, plan = calibrated("llama-gqa"), tmp_path / "plan.yaml"
+    flap("plan", "-d", run, "--out", plan, option, *share.split())
+    dense = load_header(run / "stats.safetensors").model.parameters
+    limit = int(dense * of * int(share[:2]) / 100)
+    assert load_plan(plan).settings[option[2:].replace("-", "_")] == limit
+
+
 def test_without_biases_more_units_stay(calibrated, flap, tmp_path):
     run = calibrated("llama-gqa")
     for name in ("--target-biases", "--no-target-biases"):
@@ -117,12 +128,15 @@ def test_without_biases_more_units_stay(calibrated, flap, tmp_path):
 
 def test_run_takes_targets(tiny, flap, text_file, tmp_path):
     args = ["run", tiny("llama-gqa"), "-d", tmp_path / "run", "--dataset", text_file, "--nsamples", 8, "--seqlen", 16]
-    flap(*args, "--target-size", "100KB", "--store-dtype", "bfloat16", "--no-baseline")
+    flap(*args, "--target-size", "100KB", "--store-dtype", "bfloat16", "--no-eval")
+    assert not (tmp_path / "run" / "eval.json").exists()
+    flap("eval", "-d", tmp_path / "run", "--perplexity", text_file, "--no-baseline")
     size = json.loads((tmp_path / "run" / "eval.json").read_text())["size"]
     assert size["stored_as"] == "BF16"
     assert 100_000 - 2 * 48 * 2 * 4 * 8 * 2 < size["bytes"] <= 100_000
     assert load_plan(tmp_path / "run" / "plan.yaml").settings["target_size"] == 100_000
     refused = [("--mask-only --target-params 50K", "--mask-only leaves the size as it is"),
+               ("--no-eval --speed", "--speed is for --eval"),
                ("--ratio 0.2 --target-params 50K", "leave out --ratio 0.2")]  # fmt: skip
     for options, words in refused:
         assert words in flap(*args[:3], tmp_path / "none", *args[4:], *options.split(), code=2).stderr
@@ -144,6 +158,7 @@ def test_run_takes_targets(tiny, flap, text_file, tmp_path):
         ("--target-params=", "--target-params : give a number"),
         ("--target-size 5X", "--target-size 5X: give a size"),
         ("--target-size infMB", "--target-size infMB: give a size"),
+        ("--target-size 150%", "--target-size 150%: give a share of the dense model"),
         ("--target-params 1B", "--target-params 1,000,000,000: the dense model has only"),
         ("--target-size 1GB", "bytes of weights"),
         ("--target-params 1K", "--target-params 1,000 can't be reached: these options remove at most 0."),

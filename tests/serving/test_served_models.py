@@ -25,6 +25,7 @@ FORMS = {
     "even, biases": ("--ratio 0.2 --structure UL-UM", "", False),
     "even, lstsq --no-bias": ("--ratio 0.2 --structure UL-UM", "--compensate lstsq --no-bias", False),
     "depth": ("--method depth --ratio 0.2", "", False),
+    "planned for two devices": ("--ratio 0.2 --tensor-parallel 2", "", True),
 }
 
 
@@ -63,6 +64,16 @@ def test_every_form(form, pruned, prompts, same_tokens):
     folder = pruned(form)
     assert ("auto_map" in json.loads((folder / "config.json").read_text())) == FORMS[form][2]
     same_tokens(f"SmolLM2, {form}", folder, prompts, greedy(load_served(folder), prompts, COUNT))
+
+
+def test_two_devices(pruned, prompts, same_tokens):
+    """Which a plan of any sizes doesn't split over."""
+    both = {"tensor_parallel_size": 2}
+    folder = pruned("planned for two devices")
+    expected = greedy(load_served(folder), prompts, COUNT)
+    same_tokens("the same on two devices", folder, prompts, expected, **both)
+    folder = pruned("uneven, biases")
+    same_tokens("SmolLM2, uneven, biases, on two", folder, prompts, expected, refused="divisible", **both)
 
 
 def test_merged_lora(pruned, prompts, same_tokens, tmp_path):

@@ -63,7 +63,7 @@ def test_every_stage_is_refused_where_another_run_is_at_work(run, flap, commands
         for name, arguments in commands.items():
             said = " ".join(flap(*arguments, code=1).stderr.split())
             assert "another run is at work in" in said, name
-            assert f"process {child} on" in said and "-d or --out" in said
+            assert f"process {child} on" in said and "or write elsewhere" in said
         flap("show", run)
         flap("report", "-d", run)
         flap(*commands["plan"], "--out", run.parent / "other.yaml")

@@ -38,6 +38,8 @@ def answer(folder: str, prompts: list[list[int]], count: int, turns: int = 1, **
     """Greedy tokens after every prompt, and the seconds that loading, and each turn, took."""
     from vllm import LLM, SamplingParams
 
+    if settings.get("tensor_parallel_size") == 2:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # it would want a NUMA node for each
     start = time.perf_counter()
     try:
         model = LLM(folder, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=256, **settings)

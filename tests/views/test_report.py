@@ -6,7 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from flapcli.artifacts.eval_report import load_report
 from flapcli.artifacts.plan import load_plan
+from flapcli.views.eval_rows import story
 from flapcli.views.page import number
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -112,6 +114,12 @@ def test_pictures(run, flap, tmp_path):
     assert "dc:date" not in (tmp_path / "kept.svg").read_text()  # equal plans give equal pictures
     assert "--plot" in flap("show", run, "--plot", tmp_path / "kept.pdf", code=2).stderr
     assert "no plan" in flap("show", run / "stats.safetensors", "--plot", tmp_path / "a.png", code=1).stderr
+
+
+def test_a_masked_model_keeps_its_parameters(run):
+    report = load_report(run / "eval.json")
+    masked = report.model_copy(update={"size": report.baseline.size})
+    assert story(masked, load_plan(run / "plan.yaml"))[0].endswith("% of what can be pruned set to zero")
 
 
 def test_a_folder_without_a_run_is_one_line(flap, tmp_path):
