@@ -60,10 +60,8 @@ def run(
             attention_unit=attention_unit, heal_minutes=heal_minutes,
         ))  # fmt: skip
         stages.check(how)
-        if stages.heal and mask_only:
-            raise UsageError("--mask-only leaves zeros, which training would fill: leave out --heal-minutes")
-        if stages.plan.target and mask_only:
-            raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
+        if mask_only:
+            _refuse_with_zeros(stages)
         check_not_source(RunDir(run_dir).pruned, model)
         if evaluates:
             check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
@@ -81,6 +79,13 @@ def run(
         raise failed
     count = ("three", "four", "five")[len(_names(stages, evaluates)) - 3]
     terminal.note(f"all {count} stages: {terminal.duration(display.took)}")
+
+
+def _refuse_with_zeros(stages: "Stages") -> None:
+    if stages.heal:
+        raise UsageError("--mask-only leaves zeros, which training would fill: leave out --heal-minutes")
+    if stages.plan.target:
+        raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
 
 
 def _names(stages: "Stages", evaluates: bool) -> list[str]:
