@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from flapcli.cli.resolve import Stages
     from flapcli.execution.settings import Execution
 
+COUNTS = {3: "three", 4: "four", 5: "five"}
+
 
 @command("run")
 def run(
@@ -66,8 +68,7 @@ def run(
         if evaluates:
             check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
         else:
-            tasks, texts = evaluation.tasks is not None, bool(evaluation.perplexity)
-            only_with("--eval", False, {"--perplexity": texts, "--tasks": tasks, "--speed": speed})
+            _refuse_of_eval(evaluation, speed)
     with hold(RunDir(run_dir).stats):
         failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json, evaluates)
     if as_json:
@@ -77,8 +78,12 @@ def run(
         terminal.data(data_of(inspect(run_dir)) | unsaved)
     if failed:
         raise failed
-    count = ("three", "four", "five")[len(_names(stages, evaluates)) - 3]
-    terminal.note(f"all {count} stages: {terminal.duration(display.took)}")
+    terminal.note(f"all {COUNTS[len(_names(stages, evaluates))]} stages: {terminal.duration(display.took)}")
+
+
+def _refuse_of_eval(evaluation: o.EvaluationGroup, speed: bool) -> None:
+    tasks, texts = evaluation.tasks is not None, bool(evaluation.perplexity)
+    only_with("--eval", False, {"--perplexity": texts, "--tasks": tasks, "--speed": speed})
 
 
 def _refuse_with_zeros(stages: "Stages") -> None:
