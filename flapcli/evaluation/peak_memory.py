@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.context
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,10 +27,19 @@ def peak_memory(checkpoint: Checkpoint, options: SpeedOptions, runtime: Runtime)
     Raises FlapError where the process is killed, as by want of memory.
     """
     try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
             return pool.submit(_measure, checkpoint.name, checkpoint.hub, options, runtime).result()
     except BrokenProcessPool as error:
         raise FlapError(f"measuring the memory of {checkpoint.name} was killed: too little of it?") from error
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """A server whose forks have imported what runs models already, where the system has such."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _measure(name: str, hub: Hub, options: SpeedOptions, runtime: Runtime) -> int:

@@ -12,11 +12,8 @@ from transformers import AutoModelForCausalLM
 from flapcli.artifacts.plan import load_plan
 from flapcli.checkpoints import open_checkpoint
 from flapcli.evaluation.perplexity import exp_mean, window_losses
-from flapcli.execution.loading import load_model
 from flapcli.progress import Silent
 from flapcli.texts.corpus import evaluation_windows
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -102,28 +99,17 @@ def test_sliced_equals_masked_and_perplexity_is_plain(demo, flap):
 
 
 def test_bfloat16_statistics_keep_the_plan(flap, tmp_path):
-    """At least 97% of the removed units are the same, and the perplexities agree within 2%."""
-    source = open_checkpoint("demo")
-    plans, values = {}, {}
+    """At least 97% of the removed units are the same."""
+    gone = {}
     for dtype in ("float32", "bfloat16"):
         run = tmp_path / dtype
         flap("calibrate", "-d", run, "--nsamples", 16, "--dtype", dtype)
         flap("plan", "-d", run)
-        flap("apply", "-d", run)
-        plans[dtype] = load_plan(run / "plan.yaml")
-        model = load_model(open_checkpoint(str(run / "pruned")), torch.float32, CPU)
-        windows = evaluation_windows("pydoc", source.load_tokenizer(), 128)[:8]
-        values[dtype] = exp_mean(window_losses(model, windows, None, Silent()))
-    gone = {
-        dtype: {
+        plan = load_plan(run / "plan.yaml")
+        gone[dtype] = {
             (i, module, int(unit))
             for i, layer in enumerate(plan.layers)
             for module in ("attention", "mlp")
             for unit in np.setdiff1d(np.arange(layer.module(module).of), plan.kept(i, module))
         }
-        for dtype, plan in plans.items()
-    }
-    shared = len(gone["float32"] & gone["bfloat16"]) / len(gone["float32"])
-    print(f"equal removed units {shared:.4f}, perplexity {values}")
-    assert shared > 0.97
-    assert values["bfloat16"] == pytest.approx(values["float32"], rel=0.02)
+    assert len(gone["float32"] & gone["bfloat16"]) / len(gone["float32"]) > 0.97

@@ -250,8 +250,8 @@ def test_zero_shot_is_the_papers_seven_with_its_metrics():
 
 def test_the_real_model_answers_easy_questions(flap, task_files, text_file, tmp_path):
     out = tmp_path / "eval.json"
-    flap("eval", "demo", "--no-baseline", "--perplexity", text_file, "--out", out, "--include-path", task_files,
-         "--tasks", "local_choice,local_text")  # fmt: skip
+    flap("eval", "demo", "--no-baseline", "--perplexity", text_file, "--perplexity-windows", 1, "--out", out,
+         "--include-path", task_files, "--tasks", "local_choice,local_text")  # fmt: skip
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks["local_choice"]["acc"] == 1
     assert 0.5 < tasks["local_text"]["bits_per_byte"] < 3
