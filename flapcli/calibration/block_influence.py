@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from flapcli.architecture.family import Family
 
@@ -26,8 +27,8 @@ def stream_changes(before: torch.Tensor, middle: torch.Tensor, after: torch.Tens
     return 1 - products[:, first, second] / scale
 
 
-def observe_layer(layer: nn.Module, family: Family, take: Callable[[torch.Tensor], None]) -> None:
-    """Call `take` with the layer's `stream_changes` after each of its forward passes.
+def observe_layer(layer: nn.Module, family: Family, take: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
+    """Call `take` with the layer's `stream_changes` after each of its forward passes; returns what ends that.
 
     Where its modules stand side by side, the stream between them is its input with what attention adds. Where what
     shows the stream was not called, the layer only passed its input on (as `execution.layerwise` has it), and nothing
@@ -44,10 +45,10 @@ def observe_layer(layer: nn.Module, family: Family, take: Callable[[torch.Tensor
             middle = seen.pop() if family.between_modules else before + seen.pop()
             take(stream_changes(before, middle, output[0] if isinstance(output, tuple) else output))
 
-    layer.register_forward_pre_hook(lambda *_: seen.clear())  # of a pass that failed half-way
+    begin = layer.register_forward_pre_hook(lambda *_: seen.clear())  # of a pass that failed half-way
     if family.between_modules:
-        layer.get_submodule(family.between_modules).register_forward_pre_hook(note)
+        middle = layer.get_submodule(family.between_modules).register_forward_pre_hook(note)
     else:
         attention = layer.get_submodule(family.attention.output)
-        attention.register_forward_hook(lambda module, _inputs, output: note(module, (output,)))
-    layer.register_forward_hook(compare, with_kwargs=True)
+        middle = attention.register_forward_hook(lambda module, _inputs, output: note(module, (output,)))
+    return [begin, middle, layer.register_forward_hook(compare, with_kwargs=True)]

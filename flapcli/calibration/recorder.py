@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.hooks import RemovableHandle
 
 from flapcli.architecture.shape import Module
 from flapcli.artifacts.stats import ExpertStats, Influence, ModuleStats
@@ -34,27 +35,28 @@ class NotFiniteError(FlapError):
 class Recorder:
     """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums), and on its layers.
 
-    With `fisher`, backward passes gather the moments of gates' gradients. A batch, which `begin` names, counts only
-    once `commit` is called. Gram sums alone have it at once, since a second copy of them all would be the peak of
-    memory: those that a batch reached before it failed pass over its windows when they come again. What was taken out
-    is recorded no more.
+    With `fisher`, backward passes gather the moments of gates' gradients once `keep_gates_only` is called, from where
+    on nothing else is recorded. A batch, which `begin` names, counts only once `commit` is called. Gram sums alone have
+    it at once, since a second copy of them all would be the peak of memory: those that a batch reached before it failed
+    pass over its windows when they come again. What was taken out is recorded no more.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, model: torch.nn.Module, gram: bool, device: torch.device, fisher: bool = False
     ) -> None:
-        self.gram, self.device, self.fisher = gram, device, fisher
+        self.gram, self.device, self.fisher, self.gates_only = gram, device, fisher, False
         self.moments: dict[Key, Moments] = {}
         self.grams: dict[Key, torch.Tensor] = {}
         self._batch: dict[Key, tuple[int, torch.Tensor]] = {}  # tokens and their sums
         self._summed: dict[Key, int] = {}  # windows that a Gram sum has
         self._stop = 0
+        self._handles: list[RemovableHandle] = []
         shape, family = checkpoint.shape, checkpoint.family
         self.modules, self.experts = shape.modules, [layer.num_experts for layer in shape.layers]
         for layer in range(shape.num_layers):
             block = model.get_submodule(family.layer.format(i=layer))
             self.moments[layer, "residual"] = Moments.none(len(Influence._fields))
-            observe_layer(block, family, partial(self._sum, (layer, "residual")))
+            self._handles += observe_layer(block, family, partial(self._sum, (layer, "residual")))
             for module in (m for m in shape.modules if m != "experts"):
                 channels = shape.channels(layer, module)
                 self._expect((layer, module), channels, shape.units(layer, module))
@@ -82,20 +84,23 @@ class Recorder:
         """An expert's channels weighed as the router weighs what comes out, and by how much that moves the stream."""
         key: Key = (layer, f"experts.{expert}")
         with torch.no_grad():
-            self._sum((key[0], f"{key[1]}.output"), share.float() * output.float().norm(dim=-1, keepdim=True))
+            if not self.gates_only:
+                self._sum((key[0], f"{key[1]}.output"), share.float() * output.float().norm(dim=-1, keepdim=True))
             weighed = x * share
         self._record(key, weighed, x, 1)
 
     @torch.no_grad()
     def _record(self, key: Key, values: torch.Tensor, x: torch.Tensor, channels: int) -> None:
         """Take in what goes into an output projection, of whose units each has so many channels, `x` in the graph."""
+        if self.gates_only:
+            if x.requires_grad:
+                gate, found = (key[0], key[1] + GATES), x.detach()
+                x.register_hook(lambda gradient: self._sum(gate, gate_gradients(found, gradient, channels)))
+            return
         values = values.detach().reshape(-1, values.shape[-1])
         self._sum(key, values)
         if self.gram and key in self.moments and self._summed.get(key, 0) < self._stop:
             self._add_product(key, values.float())
-        if self.fisher and x.requires_grad:
-            gate, found = (key[0], key[1] + GATES), x.detach()
-            x.register_hook(lambda gradient: self._sum(gate, gate_gradients(found, gradient, channels)))
 
     def _add_product(self, key: Key, x: torch.Tensor) -> None:
         total = self.grams.get(key)
@@ -108,8 +113,10 @@ class Recorder:
         self._stop = windows.stop
 
     def keep_gates_only(self) -> None:
-        """Record nothing but gates from here on."""
-        self.moments = {key: moments for key, moments in self.moments.items() if key[1].endswith(GATES)}
+        """Record nothing but gates from here on; what was recorded stays."""
+        self.gates_only = True
+        for handle in self._handles:
+            handle.remove()
 
     def _sum(self, key: Key, values: torch.Tensor) -> None:
         if key not in self.moments:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
 from flapcli.architecture import modeling_flap
@@ -81,26 +80,19 @@ def layers_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[torch.nn.M
     return [model.get_submodule(checkpoint.family.layer.format(i=i)) for i in range(checkpoint.shape.num_layers)]
 
 
-def head_of(model: PreTrainedModel, decoder: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes logits of the decoder's output, scale and cap included: the model's own code after its decoder."""
-
-    def head(states: torch.Tensor) -> torch.Tensor:
-        with in_place_of([decoder], lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states)):
-            return model(inputs_embeds=states, use_cache=False).logits
-
-    return head
-
-
 @contextmanager
 def in_place_of(modules: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Every one of these modules does this when called, while the code around them is the model's own."""
+    own = [vars(module).get("forward") for module in modules]  # accelerate puts one in the class's place
     for module in modules:
         module.forward = forward
     try:
         yield
     finally:
-        for module in modules:
+        for module, before in zip(modules, own, strict=True):
             del module.forward
+            if before:
+                module.forward = before
 
 
 def empty_model(
