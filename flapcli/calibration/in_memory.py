@@ -153,6 +153,7 @@ class Saved:
         start = time.monotonic()
         if start < self._next:
             return
+        self.recorder.settle()
         tensors: dict[str, torch.Tensor] = {}
         metadata = {"windows": str(self._windows)}
         for key, moments in self.recorder.moments.items():

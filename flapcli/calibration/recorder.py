@@ -26,6 +26,7 @@ from flapcli.execution.ranks import Ranks
 # whose channels are their gradients.
 Key = tuple[int, str]
 GATES = ".fisher"
+AT_ONCE = {"cpu": 1}  # batches that are taken in at once, else 8: each time, a GPU waits until all is computed
 
 
 class NotFiniteError(FlapError):
@@ -48,6 +49,7 @@ class Recorder:
         self.moments: dict[Key, Moments] = {}
         self.grams: dict[Key, torch.Tensor] = {}
         self._batch: dict[Key, tuple[int, torch.Tensor]] = {}  # tokens and their sums
+        self._pending: list[dict[Key, tuple[int, torch.Tensor]]] = []  # batches that count, but are not taken in yet
         self._summed: dict[Key, int] = {}  # windows that a Gram sum has
         self._stop = 0
         self._handles: list[RemovableHandle] = []
@@ -109,7 +111,7 @@ class Recorder:
 
     def begin(self, windows: slice) -> None:
         """Of the batch that comes: its windows. One that failed half-way is forgotten."""
-        self._batch.clear()
+        self._batch = {}
         self._stop = windows.stop
 
     def keep_gates_only(self) -> None:
@@ -124,28 +126,38 @@ class Recorder:
         self._batch[key] = len(values), batch_sums(values)
 
     def commit(self) -> None:
-        """Take in the last batch. Raises NotFiniteError naming the first layer with such activations.
+        """Count the last batch. Raises as `settle`, which is called now and then."""
+        self._pending.append(self._batch)
+        self._batch = {}
+        if len(self._pending) >= AT_ONCE.get(self.device.type, 8):
+            self.settle()
 
-        What all modules share is done for their channels side by side: small operations for each would cost
-        more than the sums.
+    def settle(self) -> None:
+        """Take in the batches that count. Raises NotFiniteError naming the first layer with such activations.
+
+        What all modules share is done for their channels side by side: small operations for each would cost more than
+        the sums, and a copy from a GPU for each more still.
         """
-        if not self._batch:
+        pending = [(key, *found) for batch in self._pending for key, found in batch.items()]
+        self._pending.clear()
+        if not pending:
             return
-        parts = [(tokens, sums.cpu()) for tokens, sums in self._batch.values()]
-        found = Moments.side_by_side(parts)
-        for (layer, module), (_, sums) in zip(self._batch, parts, strict=True):
-            if not torch.isfinite(sums).all():
+        keys, counts, sums = zip(*pending, strict=True)
+        channels = [part.shape[1] for part in sums]
+        parts = torch.cat([part.to(self.device) for part in sums], dim=1).cpu().split(channels, dim=1)
+        for (layer, module), part in zip(keys, parts, strict=True):
+            if not torch.isfinite(part).all():
                 kind = "gradients" if module.endswith(GATES) else "activations"
                 raise NotFiniteError(
                     f"{kind} of layer {layer}, {module.partition('.')[0]} are NaN or infinite: "
                     "try --dtype float32 or bfloat16, and check that the checkpoint's weights are finite"
                 )
-        for key, moments in zip(self._batch, found, strict=True):
+        for key, moments in zip(keys, Moments.side_by_side(list(zip(counts, parts, strict=True))), strict=True):
             self.moments[key].merge(moments)
-        self._batch.clear()
 
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
         """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
+        self.settle()
         moments = self.moments.pop(key)
         if not self.gram or not len(moments.mean) or key[1].endswith((GATES, "residual", "output")):
             return moments, None
