@@ -78,7 +78,7 @@ def _spread(model: "PreTrainedModel", device_map: str) -> "PreTrainedModel":
     return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=whole))
 
 
-def layers_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[torch.nn.Module]:
+def layers_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> list[torch.nn.Module]:
     """The decoder's layers, in order."""
     return [model.get_submodule(checkpoint.family.layer.format(i=i)) for i in range(checkpoint.shape.num_layers)]
 
