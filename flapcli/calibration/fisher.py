@@ -1,11 +1,51 @@
 """Fisher information of a gate on every unit: how much the loss feels the unit (METHOD.md, Fisher information)."""
 
+import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from flapcli.execution.head import loss_and_gradient
+from flapcli.execution.settings import fisher_windows
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The windows that Fisher information is made of, and what their labels are drawn by.
+
+    `places` of the windows among those of a rank, ascending; `numbers` in [0, 1), float64 (windows, seqlen), each
+    window's own, so that batches and ranks change nothing. The token at `start` is the first that is predicted.
+    """
+
+    places: NDArray[np.int64]
+    numbers: torch.Tensor
+    start: int = 1
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], share: slice, seed: int, start: int) -> "Sample":
+        """For a calibration's windows of this shape (windows, seqlen), of which a rank has a share."""
+        count, seqlen = shape
+        size = fisher_windows(count)
+        chosen = [at for i in range(size) if share.start <= (at := i * count // size) < share.stop]
+        numbers = [[draw.random() for _ in range(seqlen)] for at in chosen if (draw := random.Random(f"{seed} {at}"))]
+        places = np.array(chosen, np.int64) - share.start
+        return cls(places, torch.tensor(numbers, dtype=torch.float64).reshape(-1, seqlen), start)
+
+    def within(self, part: slice) -> slice:
+        """Which of them are in a batch of the rank's windows."""
+        start, stop = np.searchsorted(self.places, [part.start, part.stop])
+        return slice(int(start), int(stop))
+
+
+def drawn(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The first token of each row whose cumulated probability exceeds its number in [0, 1), (rows,)."""
+    cumulated = probabilities.cumsum(-1)
+    aim = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, aim, right=True)[:, 0].clamp_(max=cumulated.shape[-1] - 1)
 
 
 def gate_gradients(x: torch.Tensor, gradient: torch.Tensor, channels: int) -> torch.Tensor:
@@ -15,23 +55,28 @@ def gate_gradients(x: torch.Tensor, gradient: torch.Tensor, channels: int) -> to
 
 
 def loss_gradient(
-    head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, ids: torch.Tensor, start: int = 1
+    head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, numbers: torch.Tensor, start: int = 1
 ) -> torch.Tensor:
-    """dL/d(states) for what the head makes logits of, (batch, seqlen, hidden), and token ids (batch, seqlen).
+    """dL/d(states) for what the head makes logits of, (batch, seqlen, hidden), and labels that the model itself draws.
 
-    Of the tokens from `start` on; the loss is float32 whatever the model runs in.
+    L is the cross entropy of those at `start` and later, in float32 whatever the model runs in; `numbers` as in
+    `Sample`. Positions that predict none of these, as the last of a window, have zeros.
     """
-    targets = ids[:, start:].flatten()
+    draws = numbers[:, start:].flatten()
 
     def loss(rows: torch.Tensor, part: slice) -> torch.Tensor:
         logits = head(rows[None])[0].float()
-        return cross_entropy(logits, targets[part].to(logits.device), reduction="sum")
+        labels = drawn(logits.detach().softmax(-1), draws[part])
+        return cross_entropy(logits, labels, reduction="sum")
 
     return loss_and_gradient(states, start, loss)[1]
 
 
-def track(model: torch.nn.Module) -> None:
-    """Have gradients flow through the model's activations, and to none of its weights."""
-    model.requires_grad_(False)
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+def gradient_before(
+    forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor:
+    """dL/d(states) from dL/d(forward(states)); forward is run again for it, so that only its graph is there."""
+    leaf = states.detach().requires_grad_()
+    with torch.enable_grad():
+        output = forward(leaf)
+    return torch.autograd.grad(output, leaf, gradient.to(output.device))[0]

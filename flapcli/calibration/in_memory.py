@@ -1,75 +1,104 @@
-"""Calibration of a model in memory: one dense forward pass over the windows, and what it says of every channel."""
+"""Calibration of a model in memory: one dense forward pass over the windows, and what it says of every channel.
+
+Fisher information takes a pass of its own, back and forth over some of them.
+"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from flapcli.architecture.shape import Module
 from flapcli.artifacts.stats_writer import LayerStats
-from flapcli.calibration.fisher import loss_gradient, track
+from flapcli.calibration.fisher import Sample, gradient_before, loss_gradient
 from flapcli.calibration.moments import Moments
 from flapcli.calibration.recorder import Key, Recorder, fisher_of, layer_stats_of
 from flapcli.calibration.workload import Workload
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import STREAM, Batches, Within
-from flapcli.execution.head import head_of
+from flapcli.execution.layerwise import LayerwiseModel
 from flapcli.execution.loading import layers_of, load_model
+from flapcli.progress import Advance
 from flapcli.storage.resume import Pauses, Resume
-
-FORWARD_AND_BACKWARD = 3  # times what forward alone takes
 
 
 def measure(work: Workload) -> Iterator[LayerStats]:
     """Run this rank's windows through the dense decoder; returns the statistics of all ranks, layer by layer.
 
-    Fisher information takes a backward pass through the activations, which gives no weight a gradient. Accumulators
-    are float64 (Gram sums float32) whatever dtype the model runs in. With `resume`, goes on after the batches that an
-    earlier run saved there. Every rank must take all layers; away from rank 0 they are of no use.
+    Accumulators are float64 (Gram sums float32) whatever dtype the model runs in. With `resume`, goes on after the
+    batches that an earlier run saved there. Every rank must take all layers; away from rank 0 they are of no use.
     Raises FlapError on activations that are not finite and where memory does not suffice.
     """
-    checkpoint, windows = work.checkpoint, work.windows
+    checkpoint, windows, sample = work.checkpoint, work.windows, work.fisher
     work.progress.doing(f"loading {checkpoint.name}")
     model = work.model or load_model(checkpoint, work.runtime.dtype, work.runtime.device, work.device_map)
     device = next(p.device for p in model.parameters() if not p.is_meta)  # what accelerate offloads is meta
     decoder = model.get_submodule(checkpoint.family.decoder)  # without the lm_head
-    head = head_of(model, decoder)
-    recorder = Recorder(checkpoint, model, work.gram, device, work.fisher)
-    if work.fisher:
-        track(model)
+    recorder = Recorder(checkpoint, model, work.gram, device, sample is not None)
     saved = Saved(work.resume, recorder) if work.resume else None
     done = saved.restore() if saved else 0
     if done:
-        work.progress.note(f"going on after window {done} of {len(windows)}")
+        work.progress.note(f"going on after window {min(done, len(windows))} of {len(windows)}")
 
     def step(part: slice) -> None:
         recorder.begin(part)
         ids = torch.from_numpy(windows[part]).to(device)
-        states = decoder(input_ids=ids, use_cache=False)[0]
-        if work.fisher:
-            states.backward(loss_gradient(head, states, ids, work.start))
+        decoder(input_ids=ids, use_cache=False)
         recorder.commit()
         work.ranks.check()
 
     seqlen = windows.shape[1]
-    batches = Batches(seqlen, device, work.runtime.batch_size, work.progress, work.fisher, STREAM)
-    mode = torch.enable_grad() if work.fisher else torch.inference_mode()
-    layers, passes = layers_of(model, checkpoint), FORWARD_AND_BACKWARD if work.fisher else 1
-    with (
-        mode,
-        work.progress.task("calibrate", windows.size, "tokens") as whole,
-        Within(layers, whole, passes) as advance,
-    ):
-        advance(done * seqlen)
 
-        def taken(tokens: int) -> None:
-            """Not in the step: out of memory here is no reason to take in the batch again."""
+    def taken(advance: Advance) -> Advance:
+        """Not in the step: out of memory here is no reason to take in the batch again."""
+
+        def note(tokens: int) -> None:
             if saved:
                 saved.after(tokens // seqlen)
             advance(tokens)
 
-        batches.run(len(windows), step, taken, done)
+        return note
+
+    batches = Batches(seqlen, device, work.runtime.batch_size, work.progress, instead=STREAM)
+    # Tensors of inference mode, some of which models keep, can't take part in a backward pass.
+    mode = torch.no_grad() if sample else torch.inference_mode()
+    total = windows.size + (sample.numbers.numel() if sample else 0)
+    with mode, work.progress.task("calibrate", total, "tokens") as whole:
+        whole(done * seqlen)
+        with Within(layers_of(model, checkpoint), whole) as advance:
+            batches.run(len(windows), step, taken(advance), min(done, len(windows)))
+        if sample:
+            recorder.keep_gates_only()
+            model.requires_grad_(False)
+            runtime = replace(work.runtime, device=device)
+            layerwise = LayerwiseModel(checkpoint, windows, runtime, work.progress, model)
+            _back(work, sample, layerwise, recorder, taken(whole), max(done - len(windows), 0))
     return _layers(work, recorder)
+
+
+def _back(
+    work: Workload, sample: Sample, layerwise: LayerwiseModel, recorder: Recorder, taken: Advance, done: int
+) -> None:
+    """Fisher information of the sample's windows from the one after `done` of them on.
+
+    Of a batch all layers' inputs are there, but the graph of one layer alone, which runs once more for that.
+    """
+    layerwise = layerwise.backward_over(work.windows[sample.places])
+
+    def step(part: slice) -> None:
+        recorder.begin(part)
+        inputs, forwards = [layerwise.embedded(part)], []
+        for layer in range(work.checkpoint.shape.num_layers):
+            forwards.append(layerwise.through(layer, part))
+            inputs.append(forwards[-1](inputs[-1]))
+        gradient = loss_gradient(layerwise.logits, inputs.pop(), sample.numbers[part], sample.start)
+        while forwards:
+            gradient = gradient_before(forwards.pop(), inputs.pop(), gradient)
+        recorder.commit()
+        work.ranks.check()
+
+    layerwise.batches.run(len(layerwise.windows), step, taken, done)
 
 
 @torch.inference_mode()
@@ -113,6 +142,7 @@ class Saved:
         self._windows += windows
         if not self._pauses.is_due:
             return
+        self.recorder.settle()
         tensors: dict[str, torch.Tensor] = {}
         metadata = {"windows": str(self._windows)}
         for key, moments in self.recorder.moments.items():

@@ -14,6 +14,7 @@ from flapcli.artifacts.stats import Calibration, GramDtype, StatsHeader, file_by
 from flapcli.artifacts.stats_writer import StatsWriter, save_stats
 from flapcli.artifacts.versions import versions
 from flapcli.calibration.brain_surgeon import eliminator
+from flapcli.calibration.fisher import Sample
 from flapcli.calibration.in_memory import measure
 from flapcli.calibration.recorder import NotFiniteError
 from flapcli.calibration.request import CalibrationRequest
@@ -60,9 +61,11 @@ def write_stats(request: CalibrationRequest, force: bool, progress: Progress, ra
     resume = Resume(request.out, key_of(facts, windows.tobytes()), ranks.rank, ranks.size)
     if force:
         resume.discard()
+    share, first = ranks.share(len(windows)), first_predicted(text.tokenizer)
+    sample = Sample.of(windows.shape, share, options.seed, first) if options.fisher else None
     work = Workload(
-        checkpoint, windows[ranks.share(len(windows))], runtime, options.gram, options.fisher,
-        progress, ranks, resume, execution.device_map, text.model, first_predicted(text.tokenizer),
+        checkpoint, windows[share], runtime, options.gram, sample, progress, ranks, resume, execution.device_map,
+        text.model,
     )  # fmt: skip
     try:
         _run(request, header, work, resume)
@@ -148,16 +151,16 @@ def _check_space(
             f"Gram matrices take {sum(layers) / 1e9:.2f} GB on disk ({max(layers) / 1e9:.3f} GB a layer, "
             f"{request.options.gram_dtype})"
         )
-    states = work.windows.size * shape.hidden_size * work.runtime.dtype.itemsize
+    token = shape.hidden_size * work.runtime.dtype.itemsize
+    if streamed:  # a layer's input and output
+        needed += 2 * work.windows.size * token
     if streamed and work.fisher:  # and a layer's gradients
-        states *= shape.num_layers + 3
+        kept = (shape.num_layers + 3) * work.fisher.numbers.numel() * token
         work.progress.note(
-            "Fisher information layer by layer keeps hidden states between all layers on disk until it is done: "
-            f"{states / 1e9:.2f} GB"
+            "Fisher information layer by layer keeps its windows' hidden states between all layers on disk until it is "
+            f"done: {kept / 1e9:.2f} GB"
         )
-        needed += states
-    elif streamed:  # a layer's input and output
-        needed += 2 * states
+        needed += kept
     elif gram:  # the sums so far
         needed += file_bytes(shape, "F32")
     require_space(request.out.parent, max(needed - there_already, 0))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.hooks import RemovableHandle
 
 from flapcli.architecture.shape import Module
 from flapcli.artifacts.stats import ExpertStats, Influence, ModuleStats
@@ -25,6 +26,7 @@ from flapcli.execution.ranks import Ranks
 # whose channels are their gradients.
 Key = tuple[int, str]
 GATES = ".fisher"
+AT_ONCE = {"cpu": 1}  # batches that are taken in at once, else 8: each time, a GPU waits until all is computed
 
 
 class NotFiniteError(FlapError):
@@ -34,27 +36,29 @@ class NotFiniteError(FlapError):
 class Recorder:
     """Hooks on the inputs of a decoder's output projections, which gather moments (and Gram sums), and on its layers.
 
-    With `fisher`, backward passes gather the moments of gates' gradients. A batch, which `begin` names, counts only
-    once `commit` is called. Gram sums alone have it at once, since a second copy of them all would be the peak of
-    memory: those that a batch reached before it failed pass over its windows when they come again. What was taken out
-    is recorded no more.
+    With `fisher`, backward passes gather the moments of gates' gradients once `keep_gates_only` is called, from where
+    on nothing else is recorded. A batch, which `begin` names, counts only once `commit` is called. Gram sums alone have
+    it at once, since a second copy of them all would be the peak of memory: those that a batch reached before it failed
+    pass over its windows when they come again. What was taken out is recorded no more.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, model: torch.nn.Module, gram: bool, device: torch.device, fisher: bool = False
     ) -> None:
-        self.gram, self.device, self.fisher = gram, device, fisher
+        self.gram, self.device, self.fisher, self.gates_only = gram, device, fisher, False
         self.moments: dict[Key, Moments] = {}
         self.grams: dict[Key, torch.Tensor] = {}
         self._batch: dict[Key, tuple[int, torch.Tensor]] = {}  # tokens and their sums
+        self._pending: list[dict[Key, tuple[int, torch.Tensor]]] = []  # batches that count, but are not taken in yet
         self._summed: dict[Key, int] = {}  # windows that a Gram sum has
         self._stop = 0
+        self._handles: list[RemovableHandle] = []
         shape, family = checkpoint.shape, checkpoint.family
         self.modules, self.experts = shape.modules, [layer.num_experts for layer in shape.layers]
         for layer in range(shape.num_layers):
             block = model.get_submodule(family.layer.format(i=layer))
             self.moments[layer, "residual"] = Moments.none(len(Influence._fields))
-            observe_layer(block, family, partial(self._sum, (layer, "residual")))
+            self._handles += observe_layer(block, family, partial(self._sum, (layer, "residual")))
             for module in (m for m in shape.modules if m != "experts"):
                 channels = shape.channels(layer, module)
                 self._expect((layer, module), channels, shape.units(layer, module))
@@ -82,20 +86,23 @@ class Recorder:
         """An expert's channels weighed as the router weighs what comes out, and by how much that moves the stream."""
         key: Key = (layer, f"experts.{expert}")
         with torch.no_grad():
-            self._sum((key[0], f"{key[1]}.output"), share.float() * output.float().norm(dim=-1, keepdim=True))
+            if not self.gates_only:
+                self._sum((key[0], f"{key[1]}.output"), share.float() * output.float().norm(dim=-1, keepdim=True))
             weighed = x * share
         self._record(key, weighed, x, 1)
 
     @torch.no_grad()
     def _record(self, key: Key, values: torch.Tensor, x: torch.Tensor, channels: int) -> None:
         """Take in what goes into an output projection, of whose units each has so many channels, `x` in the graph."""
+        if self.gates_only:
+            if x.requires_grad:
+                gate, found = (key[0], key[1] + GATES), x.detach()
+                x.register_hook(lambda gradient: self._sum(gate, gate_gradients(found, gradient, channels)))
+            return
         values = values.detach().reshape(-1, values.shape[-1])
         self._sum(key, values)
         if self.gram and key in self.moments and self._summed.get(key, 0) < self._stop:
             self._add_product(key, values.float())
-        if self.fisher and x.requires_grad:
-            gate, found = (key[0], key[1] + GATES), x.detach()
-            x.register_hook(lambda gradient: self._sum(gate, gate_gradients(found, gradient, channels)))
 
     def _add_product(self, key: Key, x: torch.Tensor) -> None:
         total = self.grams.get(key)
@@ -104,12 +111,14 @@ class Recorder:
 
     def begin(self, windows: slice) -> None:
         """Of the batch that comes: its windows. One that failed half-way is forgotten."""
-        self._batch.clear()
+        self._batch = {}
         self._stop = windows.stop
 
     def keep_gates_only(self) -> None:
-        """Record nothing but gates from here on."""
-        self.moments = {key: moments for key, moments in self.moments.items() if key[1].endswith(GATES)}
+        """Record nothing but gates from here on; what was recorded stays."""
+        self.gates_only = True
+        for handle in self._handles:
+            handle.remove()
 
     def _sum(self, key: Key, values: torch.Tensor) -> None:
         if key not in self.moments:
@@ -117,28 +126,38 @@ class Recorder:
         self._batch[key] = len(values), batch_sums(values)
 
     def commit(self) -> None:
-        """Take in the last batch. Raises NotFiniteError naming the first layer with such activations.
+        """Count the last batch. Raises as `settle`, which is called now and then."""
+        self._pending.append(self._batch)
+        self._batch = {}
+        if len(self._pending) >= AT_ONCE.get(self.device.type, 8):
+            self.settle()
 
-        What all modules share is done for their channels side by side: small operations for each would cost
-        more than the sums.
+    def settle(self) -> None:
+        """Take in the batches that count. Raises NotFiniteError naming the first layer with such activations.
+
+        What all modules share is done for their channels side by side: small operations for each would cost more than
+        the sums, and a copy from a GPU for each more still.
         """
-        if not self._batch:
+        pending = [(key, *found) for batch in self._pending for key, found in batch.items()]
+        self._pending.clear()
+        if not pending:
             return
-        parts = [(tokens, sums.cpu()) for tokens, sums in self._batch.values()]
-        found = Moments.side_by_side(parts)
-        for (layer, module), (_, sums) in zip(self._batch, parts, strict=True):
-            if not torch.isfinite(sums).all():
+        keys, counts, sums = zip(*pending, strict=True)
+        channels = [part.shape[1] for part in sums]
+        parts = torch.cat([part.to(self.device) for part in sums], dim=1).cpu().split(channels, dim=1)
+        for (layer, module), part in zip(keys, parts, strict=True):
+            if not torch.isfinite(part).all():
                 kind = "gradients" if module.endswith(GATES) else "activations"
                 raise NotFiniteError(
                     f"{kind} of layer {layer}, {module.partition('.')[0]} are NaN or infinite: "
                     "try --dtype float32 or bfloat16, and check that the checkpoint's weights are finite"
                 )
-        for key, moments in zip(self._batch, found, strict=True):
+        for key, moments in zip(keys, Moments.side_by_side(list(zip(counts, parts, strict=True))), strict=True):
             self.moments[key].merge(moments)
-        self._batch.clear()
 
     def take(self, key: Key) -> tuple[Moments, torch.Tensor | None]:
         """A module's moments and Gram sum (None where none is kept), which leave the recorder."""
+        self.settle()
         moments = self.moments.pop(key)
         if not self.gram or not len(moments.mean) or key[1].endswith((GATES, "residual", "output")):
             return moments, None

@@ -11,6 +11,9 @@ from flapcli.execution.settings import CalibrateOptions, Execution
 from flapcli.texts.mixture import Mixture
 from flapcli.texts.opening import opens_as
 
+# How Fisher information is made (calibration/fisher.py), so that what was made in another way is made anew.
+FISHER_OF = "own labels, every 8th window"
+
 
 @dataclass(frozen=True)
 class CalibrationRequest:
@@ -34,7 +37,8 @@ class CalibrationRequest:
     @property
     def settings(self) -> dict[str, Any]:
         """What the statistics record of the options; the unit of attention is said with the model."""
-        return {key: value for key, value in asdict(self.options).items() if key != "attention_unit"}
+        asked = {key: value for key, value in asdict(self.options).items() if key != "attention_unit"}
+        return asked | {"fisher_of": FISHER_OF if self.options.fisher else None}
 
     def answered_by(self, found: StatsHeader) -> bool:
         """Whether these statistics are what is asked for.
@@ -43,13 +47,13 @@ class CalibrationRequest:
         not say its tokenizer, of an older version, is taken to be of this one.
         """
         asked = self.settings
-        recorded = {"gram_dtype": "float32", "fisher": False} | found.settings
+        recorded = {"gram_dtype": "float32", "fisher": False, "fisher_of": None} | found.settings
         if asked["dtype"] == found.calibration.dtype:
             recorded["dtype"] = asked["dtype"]
         if not asked["gram"]:
             recorded |= {"gram": False, "gram_dtype": asked["gram_dtype"]}
         if not asked["fisher"]:
-            recorded["fisher"] = False
+            recorded |= {"fisher": False, "fisher_of": None}
         model, checkpoint = found.model, self.checkpoint
         theirs = (model.fingerprint, model.name, model.revision)
         same_model = theirs == (checkpoint.fingerprint, checkpoint.name, checkpoint.hub.revision)

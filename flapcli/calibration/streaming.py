@@ -6,7 +6,7 @@ import torch
 
 from flapcli.artifacts.stats_writer import StatsWriter
 from flapcli.calibration.brain_surgeon import eliminator
-from flapcli.calibration.fisher import loss_gradient
+from flapcli.calibration.fisher import Sample, gradient_before, loss_gradient
 from flapcli.calibration.recorder import Recorder, fisher_of, layer_stats_of
 from flapcli.calibration.workload import Workload
 from flapcli.execution.hidden_states import HiddenStates
@@ -21,32 +21,34 @@ def stream(work: Workload, resume: Resume, writer: StatsWriter | None, activatio
 
     Hidden states take RAM up to `activation_memory` bytes and half of what is free, else files in the resume folder.
     Same statistics as `in_memory.measure`: the same batches go through the same layers. Fisher information takes a pass
-    back through them, and hidden states between all layers in files for it. Raises FlapError as that does.
+    back through them, and its windows' hidden states between all layers in files for it. Raises FlapError as that does.
     """
-    shape, dtype = work.checkpoint.shape, work.runtime.dtype
-    layerwise = LayerwiseModel(work.checkpoint, work.windows, work.runtime, work.progress, backward=work.fisher)
-    passes = 2 if work.fisher else 1
-    size = (*work.windows.shape, shape.hidden_size)
-    in_memory = stay_in_memory(passes * work.windows.size * shape.hidden_size * dtype.itemsize, activation_memory)
-    hidden = HiddenStates(size, dtype, in_memory, resume)
-    recorder = Recorder(work.checkpoint, layerwise.model, work.gram, work.runtime.device, work.fisher)
-    total = work.windows.size * shape.num_layers * passes
+    shape, dtype, sample = work.checkpoint.shape, work.runtime.dtype, work.fisher
+    layerwise = LayerwiseModel(work.checkpoint, work.windows, work.runtime, work.progress)
+    counts = [len(work.windows), *([len(sample.places)] * 2 if sample else [])]
+    rows = (work.windows.shape[1], shape.hidden_size)
+    in_memory = stay_in_memory(sum(counts) * rows[0] * rows[1] * dtype.itemsize, activation_memory)
+    hidden, *back = (
+        HiddenStates((count, *rows), dtype, in_memory, resume, name)
+        for count, name in zip(counts, ("hidden", "kept", "gradient"), strict=False)
+    )
+    recorder = Recorder(work.checkpoint, layerwise.model, work.gram, work.runtime.device, sample is not None)
+    total = (work.windows.size + (sample.numbers.numel() if sample else 0)) * shape.num_layers
     # Tensors of inference mode can't take part in a backward pass.
-    mode = torch.no_grad() if work.fisher else torch.inference_mode()
+    mode = torch.no_grad() if sample else torch.inference_mode()
     with mode, work.progress.task("calibrate", total, "tokens x layers") as advance:
-        ForwardPass(work, layerwise, hidden, recorder, writer).run(advance)
-        if work.fisher:
-            gradient = HiddenStates(size, dtype, in_memory, resume, "gradient")
-            BackwardPass(work, layerwise, hidden, recorder, writer, gradient).run(advance)
+        kept = Kept(sample, back[0]) if sample else None
+        ForwardPass(work, layerwise, recorder, writer, hidden, kept).run(advance)
+        if sample:
+            BackwardPass(work, layerwise, recorder, writer, sample, *back).run(advance)
 
 
 @dataclass
 class LayerWalk:
-    """A pass over the layers of a streamed calibration; `hidden` holds their inputs, the writer is rank 0's."""
+    """A pass over the layers of a streamed calibration; the writer is rank 0's."""
 
     work: Workload
     layerwise: LayerwiseModel
-    hidden: HiddenStates
     recorder: Recorder
     writer: StatsWriter | None
 
@@ -54,9 +56,9 @@ class LayerWalk:
     def num_layers(self) -> int:
         return self.work.checkpoint.shape.num_layers
 
-    def _done(self, states: HiddenStates) -> tuple[set[int], int]:
-        """Layers of which every rank has saved `states`, and how many parts of the statistics rank 0 has written."""
-        mine = {"saved": states.saved(), "written": self.writer.parts if self.writer else 0}
+    def _done(self, saved: list[int]) -> tuple[set[int], int]:
+        """Layers that every rank has saved of, and how many parts of the statistics rank 0 has written."""
+        mine = {"saved": saved, "written": self.writer.parts if self.writer else 0}
         everyone = self.work.ranks.agree(mine)
         return set.intersection(*(set(theirs["saved"]) for theirs in everyone)), everyone[0]["written"]
 
@@ -64,11 +66,25 @@ class LayerWalk:
         self.work.ranks.check()
 
 
-class ForwardPass(LayerWalk):
-    """Statistics of every layer, whose input is saved for the next run to go on with.
+@dataclass
+class Kept:
+    """The inputs of all layers, and the last one's output, of the windows that Fisher information is made of."""
 
-    Where Fisher information is asked for, all layers' inputs and the last one's output stay in files.
-    """
+    sample: Sample
+    states: HiddenStates
+
+    def write(self, part: slice, states: torch.Tensor) -> None:
+        """Keep what is needed of a batch."""
+        if (within := self.sample.within(part)).start < within.stop:
+            self.states.write(within, states[self.sample.places[within] - part.start])
+
+
+@dataclass
+class ForwardPass(LayerWalk):
+    """Statistics of every layer, whose input, in `hidden`, is saved for the next run to go on with."""
+
+    hidden: HiddenStates
+    kept: Kept | None
 
     def run(self, advance: Advance) -> None:
         work, start = self.work, self._start()
@@ -82,54 +98,70 @@ class ForwardPass(LayerWalk):
         if start:
             self.hidden.restore(start)
         else:
-            self.layerwise.embed(self.hidden.write, self._check)
-            self.hidden.save(0) if work.fisher else self.hidden.turn(0)
+            self.layerwise.embed(self._write, self._check)
+            self.hidden.turn(0)
+            if self.kept:
+                self.kept.states.save(0)
         for layer in self.layerwise.layers(range(start, self.num_layers), norms=True):
-            self._layer(layer.index, layer, advance)
-            if work.fisher or layer.index + 1 < self.num_layers:
+            self._layer(layer, advance)
+            if layer.index + 1 < self.num_layers:
                 self.hidden.save(layer.index + 1)
+            if self.kept:
+                self.kept.states.save(layer.index + 1)
             found = layer_stats_of(self.recorder, layer.index, layer.norms, work.ranks)
             if self.writer:
                 self.writer.write(layer.index, found)
             work.ranks.agree(layer.index)  # from here on no rank can need the input of this layer again
-            if not work.fisher:
-                self.hidden.forget(layer.index)
+            self.hidden.forget(layer.index)
 
     def _start(self) -> int:
         """The last layer whose input every rank has, and before which rank 0 has all statistics; 0 to begin.
 
         One past the last layer where all is written, and only the file's last rename was not.
         """
-        inputs, written = self._done(self.hidden)
-        complete = 2 * self.num_layers if self.work.fisher else self.num_layers
+        saved, kept = self.hidden.saved(), self.kept.states.saved() if self.kept else []
+        if self.kept:
+            saved = [layer for layer in saved if set(range(layer + 1)) <= set(kept)]
+        inputs, written = self._done(saved)
+        complete = 2 * self.num_layers if self.kept else self.num_layers
         # The way back needs every rank's inputs down to the first layer's, which goes last.
-        if written == complete or (written >= self.num_layers and 0 in inputs):
+        if written == complete or (self.kept and 0 in self._done(kept)[0] and written >= self.num_layers):
             return self.num_layers
         return max((layer for layer in inputs if layer <= written), default=0)
 
-    def _layer(self, index: int, layer: Layer, advance: Advance) -> None:
-        needed = self.work.fisher or index + 1 < self.num_layers
+    def _layer(self, layer: Layer, advance: Advance) -> None:
+        needed = self.kept or layer.index + 1 < self.num_layers
 
         def step(part: slice, forward: Forward) -> None:
             self.recorder.begin(part)
             states = forward(self.hidden.read(part).to(self.layerwise.device)).cpu()
             self.recorder.commit()
             if needed:
-                self.hidden.write(part, states)
+                self._write(part, states)
             self._check()
 
         self.layerwise.run(layer, step, advance)
+
+    def _write(self, part: slice, states: torch.Tensor) -> None:
+        self.hidden.write(part, states)
+        if self.kept:
+            self.kept.write(part, states)
 
 
 @dataclass
 class BackwardPass(LayerWalk):
     """Fisher information: layers last to first, each run again with its gradient.
 
-    Needs the input of every layer, and the last one's output, in the files of `hidden`; removes them. `gradient` holds
+    Needs the input of every layer, and the last one's output, in the files of `kept`; removes them. `gradient` holds
     the loss's gradient with respect to a layer's input: that of the last one's output first.
     """
 
+    sample: Sample
+    kept: HiddenStates
     gradient: HiddenStates
+
+    def __post_init__(self) -> None:
+        self.layerwise = self.layerwise.backward_over(self.work.windows[self.sample.places])
 
     def run(self, advance: Advance) -> None:
         """Append all layers' Fisher information, with Gram matrices their elimination. Not in inference mode."""
@@ -142,19 +174,19 @@ class BackwardPass(LayerWalk):
             self._head()
         else:
             work.progress.note(f"going on with the backward pass below layer {start} of {count} (from 0)")
-            advance((count - start) * work.windows.size)
+            advance((count - start) * self.layerwise.windows.size)
             if start:
                 self.gradient.restore(start)
         for layer in self.layerwise.layers(range(start)[::-1]):
-            self.hidden.restore(layer.index)
-            self._layer(layer.index, layer, advance)
+            self.kept.restore(layer.index)
+            self._layer(layer, advance)
             if layer.index:
                 self.gradient.save(layer.index)
             found = fisher_of(self.recorder, layer.index, work.ranks)
             if self.writer:
                 self.writer.write_fisher(layer.index, found, eliminator(work.checkpoint))
             work.ranks.agree(layer.index)  # from here on no rank can need what this layer was run on again
-            self.hidden.forget(layer.index)
+            self.kept.forget(layer.index)
             self.gradient.forget(layer.index + 1)
 
     def _start(self) -> int | None:
@@ -162,36 +194,33 @@ class BackwardPass(LayerWalk):
 
         None to begin; 0 where all is written, and only the file's last rename was not.
         """
-        gradients, written = self._done(self.gradient)
+        gradients, written = self._done(self.gradient.saved())
         lowest = 2 * self.num_layers - written
         return min((layer for layer in gradients if layer >= lowest), default=None) if lowest else 0
 
     def _head(self) -> None:
         """From the last layer's output to the loss, and back."""
-        device = self.layerwise.device
-        self.hidden.restore(self.num_layers)
+        sample = self.sample
+        self.kept.restore(self.num_layers)
 
         def step(part: slice, logits: Forward) -> None:
-            states, ids = self.hidden.read(part).to(device), self.layerwise.tokens(part).to(device)
-            self.gradient.write(part, loss_gradient(logits, states, ids, self.work.start))
+            states = self.kept.read(part).to(self.layerwise.device)
+            self.gradient.write(part, loss_gradient(logits, states, sample.numbers[part], sample.start))
 
         self.layerwise.head(step, self._check)
         self.gradient.save(self.num_layers)
         self.work.ranks.agree(None)
-        self.hidden.forget(self.num_layers)
+        self.kept.forget(self.num_layers)
 
-    def _layer(self, index: int, layer: Layer, advance: Advance) -> None:
+    def _layer(self, layer: Layer, advance: Advance) -> None:
         device = self.layerwise.device
 
         def step(part: slice, forward: Forward) -> None:
             self.recorder.begin(part)
-            states = self.hidden.read(part).to(device).detach().requires_grad_()
-            with torch.enable_grad():
-                output = forward(states)
-            output.backward(self.gradient.read(part).to(device))
-            gradient = states.grad.cpu() if index and states.grad is not None else None
+            states, gradient = self.kept.read(part).to(device), self.gradient.read(part)
+            gradient = gradient_before(forward, states, gradient).cpu()
             self.recorder.commit()  # from here on nothing takes memory: out of it, a batch is taken in again
-            if gradient is not None:
+            if layer.index:
                 self.gradient.write(part, gradient)
             self._check()
 

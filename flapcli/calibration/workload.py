@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from flapcli.calibration.fisher import Sample
 from flapcli.checkpoints import Checkpoint
 from flapcli.execution.device import Runtime
 from flapcli.execution.ranks import Ranks
@@ -17,19 +18,19 @@ from flapcli.storage.resume import Resume
 class Workload:
     """This rank's `windows` (n, seqlen) of token ids through the dense model, and what is kept beside moments.
 
-    `gram`: Gram matrices; `fisher`: Fisher information of units, by a backward pass through the activations.
+    `gram`: Gram matrices; `fisher`: of which windows Fisher information of units, by a backward pass through the
+    activations; None: none.
     `resume` None: nothing is saved on the way. `model` is the checkpoint's where it is in memory already, `device_map`
-    how it is spread over devices where it is not. `start` is the place of a window's first token that is predicted.
+    how it is spread over devices where it is not.
     """
 
     checkpoint: Checkpoint
     windows: NDArray[np.int64]
     runtime: Runtime
     gram: bool = False
-    fisher: bool = False
+    fisher: Sample | None = None
     progress: Progress = field(default_factory=Silent)
     ranks: Ranks = field(default_factory=Ranks.alone)
     resume: Resume | None = None
     device_map: str | None = None
     model: PreTrainedModel | None = None
-    start: int = 1

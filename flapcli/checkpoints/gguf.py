@@ -1,7 +1,8 @@
 """A GGUF file of llama.cpp as a checkpoint: tensors under transformers' names, dequantised one by one."""
 
 import hashlib
-from functools import cached_property
+from copy import deepcopy
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,13 +195,15 @@ class GgufCheckpoint(Checkpoint):
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
         if "tokenizer.ggml.model" not in self.header.metadata:
             raise FlapError("the file holds none: give one that was converted with its vocabulary")
-        return self._tokenizer
+        return deepcopy(_tokenizer(self.path, self.path.stat().st_mtime_ns, self.fingerprint))
 
-    @cached_property
-    def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+@lru_cache(1)
+def _tokenizer(path: Path, _written: int, _fingerprint: str) -> "PreTrainedTokenizerBase":
+    """Made of the file's metadata, which takes seconds: once for all stages of a run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def metadata_string(path: Path, key: str) -> str | None:

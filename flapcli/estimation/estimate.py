@@ -18,7 +18,9 @@ from flapcli.estimation.machine import LIBRARIES, Machine
 from flapcli.execution.batches import Batches
 from flapcli.execution.device import Runtime
 from flapcli.execution.memory import Demand, in_memory_bytes
-from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions
+from flapcli.execution.settings import (
+    ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions, fisher_windows,
+)  # fmt: skip
 from flapcli.progress import Silent
 from flapcli.storage.dtypes import CODES, ITEM_SIZE, dtype_name
 from flapcli.storage.sizes import parse_size
@@ -99,13 +101,16 @@ class Estimator:
         demand = Demand(options.seqlen, options.gram, options.fisher)
         streamed, memory = self._way(demand, self.machine.runtime)
         tokens = options.nsamples * options.seqlen
+        sampled = fisher_windows(options.nsamples) if options.fisher else 0
         states = tokens * shape.hidden_size * self.size
         disk = file_bytes(shape, "F32" if options.gram else None)
         if streamed:
-            disk += states * (shape.num_layers + 3 if options.fisher else 2)
+            disk += states * 2 + states // options.nsamples * sampled * (shape.num_layers + 2)
             memory += min(states, parse_size(self.execution.activation_memory, "--activation-memory"))
             memory += max(gram_bytes(shape, i) for i in range(shape.num_layers)) if options.gram else 0
-        work = tokens * (self.sizes.active + (self.sizes.head if options.fisher else 0)) * (3 if options.fisher else 1)
+        # There, and of every layer there again and back, which takes what two ways there do.
+        back = sampled * options.seqlen * (4 * self.sizes.active + 3 * self.sizes.head)
+        work = tokens * self.sizes.active + back
         seconds = work / self.rate(demand) + self._sums() / self._float32() + self._sampling(demand)
         passes = 2 if streamed and options.fisher else 1
         reads = self.checkpoint.nbytes * passes

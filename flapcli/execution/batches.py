@@ -65,13 +65,13 @@ class Batches:
 
 
 class Within:
-    """An `Advance` of batches that moves within each too, as layer after layer is through: forward, one of `passes`.
+    """An `Advance` of batches that moves within each too, as layer after layer is through.
 
     A large model's batch takes minutes. What a batch that ran out of memory had told is made good by the next one.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], advance: Advance, passes: int = 1) -> None:
-        self.advance, self.parts, self.ahead = advance, len(layers) * passes, 0
+    def __init__(self, layers: Sequence[torch.nn.Module], advance: Advance) -> None:
+        self.advance, self.parts, self.ahead = advance, len(layers), 0
         self._hooks = [layer.register_forward_hook(self._through) for layer in layers]
 
     def __call__(self, tokens: int) -> None:

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flapcli.execution.loading import in_place_of
 
-TOKENS = 256  # whose logits exist at once
+TOKENS = 64  # whose logits exist at once: with a large vocabulary they would be the peak of memory
 
 
 class _DecoderOutput(MoeModelOutputWithPast):

@@ -1,4 +1,4 @@
-"""A model that runs layer by layer: of its decoder layers only the one at hand has weights.
+"""A model that runs layer by layer: of its decoder layers only the one at hand has weights, or all of them.
 
 The one executor for models bigger than memory: streamed calibration, its backward pass, sequential fits and streamed
 perplexity all call `LayerwiseModel.run(layer, step)`. What lies between layers (hidden states, sums) is the caller's.
@@ -7,6 +7,7 @@ perplexity all call `LayerwiseModel.run(layer, step)`. What lies between layers 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from flapcli.architecture.shape import Module
 from flapcli.checkpoints import Checkpoint
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.errors import FlapError
-from flapcli.execution.batches import Batches
+from flapcli.execution.batches import STREAM, Batches
 from flapcli.execution.device import Runtime
 from flapcli.execution.loading import empty_model, in_place_of, layers_of
 from flapcli.execution.memory import give_back
@@ -44,8 +45,8 @@ class Layer:
 class LayerwiseModel:
     """`windows` (n, seqlen) through the embeddings, any layers in any order, and the head.
 
-    Embeddings, masks and positions are the model's own code's. `backward`: batches are as small as passes with a
-    gradient need. Raises FlapError where the model can't be built.
+    Embeddings, masks and positions are the model's own code's. `model` is one that is in memory with all its weights.
+    Raises FlapError where the model can't be built.
     """
 
     def __init__(
@@ -54,12 +55,24 @@ class LayerwiseModel:
         windows: NDArray[np.int64],
         runtime: Runtime,
         progress: Progress,
-        backward: bool = False,
+        model: torch.nn.Module | None = None,
     ) -> None:
         self.checkpoint, self.windows, self.device = checkpoint, windows, runtime.device
-        self.model = empty_model(checkpoint, runtime.dtype, runtime.device)
-        self._ends = _Ends(checkpoint, self.model, runtime.device)
-        self._batches = Batches(windows.shape[1], runtime.device, runtime.batch_size, progress, backward)
+        self.runtime, self.progress, self._resident = runtime, progress, model is not None
+        self.model = model or empty_model(checkpoint, runtime.dtype, runtime.device)
+        self._ends = _Ends(checkpoint, self.model, runtime.device, self._resident)
+        self.batches = self._cut()
+
+    def _cut(self, backward: bool = False) -> Batches:
+        seqlen, instead = self.windows.shape[1], STREAM if self._resident else ""
+        return Batches(seqlen, self.device, self.runtime.batch_size, self.progress, backward, instead)
+
+    def backward_over(self, windows: NDArray[np.int64]) -> "LayerwiseModel":
+        """The same model over other windows, in batches as small as passes with a gradient need."""
+        other = copy(self)
+        other.windows = windows
+        other.batches = other._cut(backward=True)
+        return other
 
     def tokens(self, part: slice) -> torch.Tensor:
         """Token ids of a batch, (batch, seqlen) int64."""
@@ -67,8 +80,12 @@ class LayerwiseModel:
 
     def embed(self, take: Callable[[slice, torch.Tensor], None], advance: Advance | None = None) -> None:
         """Give `take` the first layer's input, batch by batch; then the embeddings' memory is given back."""
-        self._batches.run(len(self.windows), lambda part: take(part, self._ends.embed(self.tokens(part))), advance)
+        self.batches.run(len(self.windows), lambda part: take(part, self.embedded(part)), advance)
         self._ends.unload()
+
+    def embedded(self, part: slice) -> torch.Tensor:
+        """The first layer's input for a batch, (batch, seqlen, hidden)."""
+        return self._ends.embed(self.tokens(part))
 
     def layers(self, order: Sequence[int], norms: bool = False) -> Iterator[Layer]:
         """Layers in this order, each with weights until the next is asked for, which a thread reads ahead."""
@@ -87,22 +104,28 @@ class LayerwiseModel:
     def run(self, layer: Layer, step: Step, advance: Advance | None = None) -> None:
         """Call `step` for all windows, batch by batch; it must take effect only when it returns (`Batches.run`)."""
 
-        def on_batch(part: slice) -> None:
-            args, kwargs = self._ends.arguments(layer.index, self.tokens(part))
+        self.batches.run(len(self.windows), lambda part: step(part, self.through(layer.index, part)), advance)
 
-            def forward(states: torch.Tensor) -> torch.Tensor:
-                output = layer.module(states, *args, **kwargs)
-                return output[0] if isinstance(output, tuple) else output  # some families return a tuple
+    def through(self, index: int, part: slice) -> Forward:
+        """What a layer, whose weights are there, makes of a batch's hidden states."""
+        module = self.model.get_submodule(self.checkpoint.family.layer.format(i=index))
+        args, kwargs = self._ends.arguments(index, self.tokens(part))
 
-            step(part, forward)
+        def forward(states: torch.Tensor) -> torch.Tensor:
+            output = module(states, *args, **kwargs)
+            return output[0] if isinstance(output, tuple) else output  # some families return a tuple
 
-        self._batches.run(len(self.windows), on_batch, advance)
+        return forward
 
     def head(self, step: Step, advance: Advance | None = None) -> None:
         """Call `step` for all windows with what makes logits of the last layer's output: final norm and head."""
         self._ends.learn(self.tokens(slice(0, 1)))
-        self._batches.run(len(self.windows), lambda part: step(part, self._ends.logits), advance)
+        self.batches.run(len(self.windows), lambda part: step(part, self.logits), advance)
         self._ends.unload()
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What final norm and head make of the last layer's output, (batch, seqlen, vocab_size)."""
+        return self._ends.logits(states)
 
     def _read(self, index: int, with_norms: bool) -> tuple[Weights, Norms]:
         """A layer's weights by name within it, in the dtype the model runs in; norms are of what is stored."""
@@ -139,8 +162,8 @@ class _LastLayerReachedError(Exception):
 class _Ends:
     """What comes before the first layer and after the last; learns what the decoder's code calls each layer with."""
 
-    def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device) -> None:
-        self.checkpoint, self.device, self.model = checkpoint, device, model
+    def __init__(self, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device, resident: bool) -> None:
+        self.checkpoint, self.device, self.model, self._resident = checkpoint, device, model, resident
         self.decoder = model.get_submodule(checkpoint.family.decoder)
         self._layers = layers_of(model, checkpoint)
         inside, layers = f"{checkpoint.family.decoder}.", checkpoint.family.layer.split("{i}")[0]
@@ -174,7 +197,7 @@ class _Ends:
         """What the model's own code makes of the last layer's output, (batch, seqlen, vocab_size)."""
         self._load([*self._names, *self._head_names])
         head = self.model.get_submodule(self.checkpoint.family.head)
-        if f"{self.checkpoint.family.head}.weight" not in self._head_names:
+        if not self._resident and f"{self.checkpoint.family.head}.weight" not in self._head_names:
             head.weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
         with in_place_of(self._layers, lambda *_, **__: (states, None) if self._in_tuples else states):
             tokens = torch.zeros(states.shape[:-1], dtype=torch.int64, device=states.device)  # whichever
@@ -193,12 +216,14 @@ class _Ends:
             self.arguments(0, ids)
 
     def _load(self, names: list[str]) -> None:
-        if self._loaded != names:
+        if not self._resident and self._loaded != names:
             self._set_each(names, lambda name, empty: self.checkpoint.read(name).to(self.device, empty.dtype))
             self._loaded = names
 
     def unload(self) -> None:
-        """Give the embeddings' and the head's memory back."""
+        """Give the embeddings' and the head's memory back, where they were loaded."""
+        if self._resident:
+            return
         self._set_each(self._loaded, lambda _, loaded: loaded.to(META))
         if self._loaded:
             self.model.get_submodule(self.checkpoint.family.head).to(META)  # where it was the embedding

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers  # whose names load on first use: not all stages need what models import
 from transformers.utils import logging
 
 from flapcli.architecture import modeling_flap
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.errors import FlapError, first_line
 from flapcli.execution.batches import out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def quiet_transformers() -> None:
@@ -22,7 +25,7 @@ def quiet_transformers() -> None:
 
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, device_map: str | None = None
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The model in evaluation mode, on one device or spread by accelerate as `device_map` says.
 
     Raises FlapError where transformers can't load it.
@@ -70,7 +73,7 @@ def _refuse_gaps(checkpoint: Checkpoint, told: dict[str, Any]) -> None:
             raise FlapError(f"{checkpoint.name}: transformers {what} {len(names)} tensors: {listed}")
 
 
-def _spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
+def _spread(model: "PreTrainedModel", device_map: str) -> "PreTrainedModel":
     """A model in memory over all devices, as from_pretrained spreads one from a folder."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -80,7 +83,7 @@ def _spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
     return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=whole))
 
 
-def layers_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[torch.nn.Module]:
+def layers_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> list[torch.nn.Module]:
     """The decoder's layers, in order."""
     return [model.get_submodule(checkpoint.family.layer.format(i=i)) for i in range(checkpoint.shape.num_layers)]
 
@@ -88,18 +91,21 @@ def layers_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[torch.nn.M
 @contextmanager
 def in_place_of(modules: Sequence[torch.nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Every one of these modules does this when called, while the code around them is the model's own."""
+    own = [vars(module).get("forward") for module in modules]  # accelerate puts one in the class's place
     for module in modules:
         module.forward = forward
     try:
         yield
     finally:
-        for module in modules:
+        for module, before in zip(modules, own, strict=True):
             del module.forward
+            if before:
+                module.forward = before
 
 
 def empty_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, flap: dict[str, Any] | None = None
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The model with all weights on the meta device: no memory, only what it computes from its configuration.
 
     With `flap`, in the sizes of such a section of config.json. Buffers (rotary frequencies) are real, on `device`.
@@ -116,7 +122,7 @@ def empty_model(
         kind = getattr(modeling_flap, f"Flap{checkpoint.family.architecture}")
     try:
         with init_empty_weights(include_buffers=False):
-            if kind is AutoModelForCausalLM:
+            if kind is transformers.AutoModelForCausalLM:
                 model = kind.from_config(config, dtype=dtype, trust_remote_code=checkpoint.hub.trust_remote_code)
             else:
                 model = kind._from_config(config, dtype=dtype)
@@ -128,20 +134,21 @@ def empty_model(
     return model.requires_grad_(False).eval()
 
 
-def _class_of(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+def _class_of(checkpoint: Checkpoint) -> "type[PreTrainedModel]":
     """A folder pruned by flap is read by our own code, never by the code that lies in it."""
     if checkpoint.flap and checkpoint.flap.modules:
         return getattr(modeling_flap, f"Flap{checkpoint.family.architecture}")
-    return AutoModelForCausalLM
+    return transformers.AutoModelForCausalLM
 
 
-def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> "tuple[PreTrainedModel, dict[str, Any]]":
     """Build from tensors read one by one, for what from_pretrained can't read or reads slowly; and what was told."""
     tensors = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
     config = checkpoint.load_config()
     config.architectures = [checkpoint.family.architecture]
     kind = _class_of(checkpoint)
-    kind = AutoModelForCausalLM._model_mapping[type(config)] if kind is AutoModelForCausalLM else kind
-    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    if kind is transformers.AutoModelForCausalLM:
+        kind = kind._model_mapping[type(config)]
+    return kind.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )

@@ -77,18 +77,17 @@ def in_memory_bytes(checkpoint: Checkpoint, runtime: Runtime, demand: Demand) ->
     """Bytes that the model, its sums and one batch take: what is held when everything is done in memory.
 
     Of the activations the largest alone are counted: those of one layer and float32 copies of what is recorded, for a
-    backward pass those of all layers.
+    backward pass those of one layer's graph and what all layers were given.
     """
     shape, size = checkpoint.shape, runtime.dtype.itemsize
-    batch = Batches(demand.seqlen, runtime.device, runtime.batch_size, Silent(), demand.backward)
+    sizes = [Batches(demand.seqlen, runtime.device, runtime.batch_size, Silent(), back).size for back in (False, True)]
     layer = 3 * shape.hidden_size + 4 * shape.intermediate_size
     activations = layer * size + 8 * shape.intermediate_size
-    if demand.backward:
-        activations += shape.num_layers * (layer * size + 5 * shape.hidden_size * (size + 4))
+    back = 2 * activations + shape.hidden_size * (shape.num_layers * size + 5 * (size + 4)) if demand.backward else 0
     if demand.logits:
         activations += checkpoint.vocabulary * size
     grams = sum(gram_bytes(shape, layer) for layer in range(shape.num_layers)) if demand.gram else 0
-    return shape.parameters * size + grams + activations * batch.size * demand.seqlen
+    return shape.parameters * size + grams + max(activations * sizes[0], back * sizes[1]) * demand.seqlen
 
 
 def should_stream(

@@ -47,6 +47,11 @@ class Execution:
     checkpoint_activations: bool = False
 
 
+def fisher_windows(count: int) -> int:
+    """Of how many of the calibration's windows Fisher information is made: every eighth, 128 at least, or all."""
+    return min(count, max(128, count // 8))
+
+
 @dataclass(frozen=True)
 class CalibrateOptions:
     """What decides the statistics. `dataset` None: pydoc for the demo, else wikitext2."""

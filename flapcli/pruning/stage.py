@@ -123,13 +123,14 @@ def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progr
     from flapcli.pruning.companions import write_companions
     from flapcli.pruning.compensation import ClosedForm
     from flapcli.pruning.layout import layout_of
-    from flapcli.pruning.sequential import SequentialFit
     from flapcli.pruning.slicing import write_tensors
 
     quiet_transformers()
     options, ridge = work.options, work.options.ridge or 0.0
     fit = None
     if options.sequential and work.stats:
+        from flapcli.pruning.sequential import SequentialFit  # with all that running a model imports
+
         fit = SequentialFit(work.checkpoint, work.stats, work.stats_path, work.execution, ridge)
     kind = options.compensate or "none"
     closed_form = ClosedForm(kind, work.stats, RIDGES[False] if fit else ridge, options.lstsq_bias)

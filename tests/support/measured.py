@@ -8,6 +8,7 @@ from support.edits import edit_keep
 from support.models import load_tokenizer
 
 from flapcli.artifacts.stats import load_stats
+from flapcli.calibration.fisher import Sample
 from flapcli.calibration.in_memory import measure as measure_workload
 from flapcli.calibration.workload import Workload
 from flapcli.execution.device import Runtime
@@ -19,7 +20,8 @@ CPU = torch.device("cpu")
 
 def measure(checkpoint, windows, device, dtype, batch_size, gram, progress, with_fisher=False) -> SimpleNamespace:
     """A calibration in memory by this process alone: what it found by layer and module."""
-    work = Workload(checkpoint, windows, Runtime(device, dtype, batch_size), gram, with_fisher, progress)
+    sample = Sample.of(windows.shape, slice(0, len(windows)), 0, 1) if with_fisher else None
+    work = Workload(checkpoint, windows, Runtime(device, dtype, batch_size), gram, sample, progress)
     layers = list(measure_workload(work))
     fields = ("modules", "grams", "fisher")
     return SimpleNamespace(
