@@ -19,7 +19,12 @@ from flapcli.execution.batches import Batches
 from flapcli.execution.device import Runtime
 from flapcli.execution.memory import Demand, in_memory_bytes
 from flapcli.execution.settings import (
-    ApplyOptions, CalibrateOptions, EvalOptions, Execution, PlanOptions, fisher_windows,
+    ApplyOptions,
+    CalibrateOptions,
+    EvalOptions,
+    Execution,
+    PlanOptions,
+    fisher_windows,
 )  # fmt: skip
 from flapcli.progress import Silent
 from flapcli.storage.dtypes import CODES, ITEM_SIZE, dtype_name
