@@ -75,23 +75,15 @@ def healed(run: Path, out: Path, options: HealOptions, news: str) -> dict[str, f
 
 
 def table(rows: Rows) -> None:
-    """Markdown: what of the dense model's perplexities is lost, and which share of it came back."""
-    whole = rows.found["dense",]
-    print("| | ratio | tokens | loss | pydoc | news | of what is lost on news came back | seconds |\n|" + "---|" * 8)
-    for (method, *rest), row in rows.found.items():
-        if not rest:
-            continue
-        lost = rows.found[method, rest[0], "0", ""]["news"] - whole["news"]
-        back = (lost + whole["news"] - row["news"]) / lost
-        cells = [
-            method,
-            *rest,
-            f"{row['pydoc']:.2f}",
-            f"{row['news']:.1f}",
-            f"{back:.0%}",
-            f"{row.get('seconds', 0):.0f}",
-        ]
-        print(f"| {' | '.join(cells)} |")
+    """Markdown: perplexities, which share of what is lost on news came back, and what the processor took for it."""
+    whole = rows.found["dense",]["news"]
+    print("| | ratio | tokens | loss | pydoc | news | came back | seconds |\n|" + "---|" * 8)
+    for key, row in rows.found.items():
+        if len(key) > 1:
+            cut = rows.found[*key[:2], "0", ""]["news"]
+            back, took = (cut - row["news"]) / (cut - whole), f"{row['seconds']:.0f}" if "seconds" in row else ""
+            cells = (*key, f"{row['pydoc']:.2f}", f"{row['news']:.1f}", f"{back:.0%}", took)
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

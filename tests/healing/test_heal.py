@@ -183,15 +183,21 @@ def test_llamacpp_computes_what_torch_computes(heal, flap, tmp_path):
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "ways"), [("gpt2", 2), ("opt", 1), ("qwen3_moe", 2), ("gemma3_text", 1)])
-def test_families(name, ways, prune, flap, text_file, tmp_path):
+STOCK = ("--structure UL-UM --ratio 0.34", "--compensate none")  # even layers and no biases
+
+
+@pytest.mark.parametrize(
+    ("name", "ways", "how"), [("gpt2", 2, ()), ("opt", 1, ()), ("qwen3_moe", 2, ()), ("gemma3_text", 1, STOCK)]
+)
+def test_families(name, ways, how, prune, flap, text_file, tmp_path):
     """Adapters, then all weights: of transposed projections, experts, norms around modules, an MLP without parent."""
-    run = prune(make_family(tmp_path / "model", name), tmp_path / "run")
+    run = prune(make_family(tmp_path / "model", name), tmp_path / "run", *how)
     for more in ((), ("--full", "--lr", "0.001"))[:ways]:
         flap("heal", "-d", run, "--dataset", text_file, "--top-k", 32, *SMALL, *more)
         made = record(run / "healed")
         assert made.after < made.before and made.settings["full"] == bool(more)
         assert torch.isfinite(logits(load_pruned(run / "healed"))).all()
+        assert ("auto_map" in load_folder(run / "healed").config) == (how != STOCK)  # stock stays stock
 
 
 def test_run_and_sweep(tiny, text_file, flap, tmp_path):
