@@ -61,7 +61,8 @@ class Mixture:
         if 0 in found:
             none = self.sources[found.index(0)]
             raise UsageError(
-                f"--dataset {none}: its share of {nsamples} windows is none: raise --nsamples or its weight"
+                f"--dataset {none}: its share of {nsamples} windows is none: raise its weight, or --nsamples (--tokens "
+                "of heal)"
             )
         return found
 
