@@ -75,28 +75,28 @@ class _Job:
         if done is None or self.options.keep:
             inputs, options = ApplyInputs(model=self.model, hub=self.hub), self.options.apply
             apply(folder / "plan.yaml", pruned, options, inputs, self.execution, self.force, self.progress)
+            healed = self._heal(folder) if done is None or Path(done.checkpoint).name == "healed" else None
         if done:
             self.progress.note(f"{evaluation}: up to date")
             return done
-        healed = self._heal(pruned, folder / "healed")
-        report = self.evaluate(str(folder / "healed" if healed else pruned), evaluation)
+        report = self.evaluate(str(healed or pruned), evaluation)
         if report.all_failures:  # to be tried again, so the folder stays
             return report
         if not self.options.keep:
             remove_folder(pruned)
             if healed:
-                remove_folder(folder / "healed")
+                remove_folder(healed)
         with atomic_file(folder / "point.json") as scratch:
             scratch.write_text(json.dumps(self._record(folder), indent=2) + "\n", encoding="utf-8")
         return report
 
-    def _heal(self, pruned: Path, out: Path) -> bool:
-        """Train what was pruned, if that is asked for; whether it became better. All ratios have one teacher."""
+    def _heal(self, folder: Path) -> Path | None:
+        """Train what was pruned, if that is asked for; the folder where it became better. All have one teacher."""
         if self.options.heal is None:
-            return False
-        inputs = HealInputs(self.model, self.hub, self.run.teacher)
-        made, _ = heal(pruned, out, self.options.heal, inputs, self.execution, self.force, self.progress)
-        return made is not None
+            return None
+        inputs, out = HealInputs(self.model, self.hub, self.run.teacher), folder / "healed"
+        made, _ = heal(folder / "pruned", out, self.options.heal, inputs, self.execution, self.force, self.progress)
+        return out if made else None
 
     def _measured(self, folder: Path) -> EvalReport | None:
         """The evaluation of a point, where point.json says that it is of what is asked now."""

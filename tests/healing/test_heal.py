@@ -209,9 +209,12 @@ def test_run_and_sweep(tiny, text_file, flap, tmp_path):
     assert report["checkpoint"].endswith("healed") == better
     assert flap(*run).stderr.count("up to date") == (5 if better else 4)
     sweep = ("sweep", tiny("llama-gqa"), "-d", tmp_path / "run", *small, "--ratios", 0.3, "--heal-tokens", 1000)
+    flap(*sweep)
+    point = tmp_path / "run" / "sweep" / "0.3"
+    assert json.loads((point / "eval.json").read_text())["checkpoint"].endswith("healed")
+    assert not (point / "pruned").exists() and not (point / "healed").exists()
     flap(*sweep, "--keep")
-    healed = tmp_path / "run" / "sweep" / "0.3" / "healed"
-    assert not healed.exists() or record(healed).settings["tokens"] == 1000
+    assert (point / "pruned").exists() and record(point / "healed").settings["tokens"] == 1000
 
 
 @pytest.mark.parametrize(
