@@ -45,8 +45,7 @@ def _seconds_per_token(work: Work) -> float:
     options, draw = request.options, np.random.default_rng(0)
     shape = (options.step_windows, options.seqlen)
     text = HealingText(draw.integers(0, request.dense.vocabulary, shape), 0)
-    cached = request.teaches and not options.online
-    before = _writing(work) + (_saying(work, text) if cached else 0.0)
+    before = _writing(work) + (_saying(work, text) if request.keeps_teacher else 0.0)
     return before + VALIDATION * _learning(replace(work, progress=Silent()), text)
 
 

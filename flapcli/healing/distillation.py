@@ -11,7 +11,7 @@ from flapcli.healing.healed_folder import Source, write_healed
 from flapcli.healing.healing_request import HealingRequest
 from flapcli.healing.healing_text import HealingText, healing_text, steps_of
 from flapcli.healing.teacher import Teacher
-from flapcli.healing.teacher_cache import TeacherCache
+from flapcli.healing.teacher_cache import TeacherCache, found_teacher
 from flapcli.healing.training_state import SavedTraining
 from flapcli.healing.work import Work
 from flapcli.progress import Progress, Silent
@@ -29,6 +29,8 @@ def heal_folder(request: HealingRequest, keep_old: bool, force: bool, progress: 
     quiet_transformers()
     for checkpoint in (request.dense, request.checkpoint):
         checkpoint.refuse_length(request.options.seqlen)
+    if request.keeps_teacher:
+        found_teacher(request.teacher)  # refused here where it is not flap's, not after hours
     if ranks.rank == 0:
         require_writable(request.out)
     work = Work(request, ranks, Silent() if ranks.rank else progress, force)

@@ -49,6 +49,11 @@ class HealingRequest:
         return self.options.loss != "ce" or bool(self.options.hidden_layers)
 
     @property
+    def keeps_teacher(self) -> bool:
+        """Whether the dense model's answers are kept on disk."""
+        return self.teaches and not self.options.online
+
+    @property
     def dense_layers(self) -> tuple[int, ...]:
         """The dense model's layers that those to be compared were."""
         kept = self.folder.flap.source_layers

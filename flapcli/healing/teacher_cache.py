@@ -70,16 +70,8 @@ class TeacherCache:
 
     def find(self) -> "CachedTeacher | None":
         """The file where it is this one, None where none is or another. Raises FlapError for what is not flap's."""
-        if not self.path.exists():
-            return None
-        try:
-            header = read_header(self.path)
-            said = json.loads(header.metadata.get("flap", "null")) or {}
-        except (FlapError, ValueError):
-            header, said = None, {}
-        if header is None or said.get("format") != FORMAT:
-            raise FlapError(f"{self.path} exists and is not what flap keeps of a teacher ({FORMAT}): move it away")
-        return CachedTeacher(self, header) if said.get("key") == self.key else None
+        header, key = found_teacher(self.path)
+        return CachedTeacher(self, header) if header and key == self.key else None
 
     def write(self, teacher: OnlineTeacher, batch_size: int | None, progress: Progress) -> None:
         """Run the dense model over all windows; killed, the next run goes on where this one stopped."""
@@ -119,6 +111,20 @@ class TeacherCache:
         columns = zip(*((row.logprobs.half(), row.ids, row.rest) for row in rows), strict=True)
         logprobs, ids, rest = (torch.stack([value for value in column if value is not None]) for column in columns)
         return [value.cpu() for value in (logprobs, ids.int(), rest, *(state.bfloat16() for state in targets.hidden))]
+
+
+def found_teacher(path: Path) -> tuple[Header | None, str | None]:
+    """Header and key of what is kept at `path`, None where nothing is. Raises FlapError for what is not flap's."""
+    if not path.exists():
+        return None, None
+    try:
+        header = read_header(path)
+        said = json.loads(header.metadata.get("flap", "null")) or {}
+    except (FlapError, ValueError):
+        said = {}
+    if said.get("format") != FORMAT:
+        raise FlapError(f"{path} exists and is not what flap keeps of a teacher ({FORMAT}): move it away")
+    return header, said.get("key")
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,14 @@ def test_misuse(heal, more, told):
     assert told in heal(*more, code=2)[1]
 
 
+def test_a_file_of_another_kind_is_not_replaced(heal):
+    place = heal()[0] / "teacher.safetensors"
+    place.write_text("a user's")
+    _, said = heal(seed=1, code=1)
+    assert said == f"error: {place} exists and is not what flap keeps of a teacher (flap-teacher/1): move it away\n"
+    assert place.read_text() == "a user's"
+
+
 def test_peft_is_asked_for_by_name(heal, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     _, said = heal("--force", code=1)
