@@ -47,7 +47,7 @@ def _train(work: Work, keep_old: bool) -> bool:
     text = healing_text(work.text, steps, request.options, work.force, progress, work.ranks)
     refuse_unlike_ranks(work.ranks, request.dense, text.windows, work.runtime.dtype)
     teacher = _teacher(work, text) if request.teaches else None
-    if not request.options.online:
+    if request.keeps_teacher or not request.teaches:
         work.forget_dense()
     progress.doing(f"loading {request.checkpoint.name}")
     trainer = work.trainer(teacher, text, steps, request.options.loss)
