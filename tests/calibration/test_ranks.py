@@ -239,7 +239,7 @@ def test_a_rank_that_never_comes_is_named(ranks, present, tiny, text_file, tmp_p
     assert "did not come within 5 s" in line
 
 
-def test_only_calibrate_runs_in_several_processes(flap, monkeypatch):
+def test_other_commands_run_in_one_process(flap, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "only calibrate runs under torchrun" in flap("run", "demo", code=2).stderr
+    assert "only calibrate and heal run under torchrun" in flap("run", "demo", code=2).stderr
