@@ -25,8 +25,8 @@ ROOMS = {
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",
     "planning": "stage methods whole_experts depth even_groups devices allocation scores target_search",
-    "pruning": "stage trial companions per_layer sequential sequential_fit slicing compensation layout cut stock_form "
-    "kept_layers",
+    "pruning": "stage trial companions per_layer sequential sequential_fit slicing compensation covariance layout cut "
+    "stock_form kept_layers",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
     "texts": "windows mixture corpus opening",

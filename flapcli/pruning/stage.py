@@ -134,6 +134,7 @@ class _Work:
 
 def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progress: Progress) -> None:
     progress.doing(IMPORTING)
+    from flapcli.execution.device import pick_device, solving_device
     from flapcli.execution.loading import quiet_transformers
     from flapcli.pruning.companions import write_companions
     from flapcli.pruning.compensation import ClosedForm
@@ -147,7 +148,8 @@ def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progr
     if options.sequential and work.stats:
         fit = SequentialFit(work.checkpoint, work.stats, work.stats_path, work.execution, ridge)
     kind = options.compensate or "none"
-    closed_form = ClosedForm(kind, work.stats, RIDGES[False] if fit else ridge, options.lstsq_bias)
+    device = solving_device(pick_device(work.execution.device))
+    closed_form = ClosedForm(kind, work.stats, RIDGES[False] if fit else ridge, options.lstsq_bias, device)
     _say_of_rank(work, progress)
     layout = layout_of(work.checkpoint, work.plan, options, closed_form.adds_bias)
     _say_of_layout(layout, options, progress)

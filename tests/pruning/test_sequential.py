@@ -12,7 +12,7 @@ from support.pruned import load_pruned
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
-from flapcli.pruning.compensation import Means, least_squares, output_error_shares, refit_on_means
+from flapcli.pruning.compensation import Centred, Means, least_squares, refit_errors, refit_on_means
 from flapcli.texts.corpus import calibration_windows
 from flapcli.views.commands import apply_command
 
@@ -94,7 +94,7 @@ def modules(run, dense_model, ids, with_bias):
                 continue
             gone = torch.tensor([c for c in range(old.in_features) if c not in kept], dtype=torch.long)
             mean, gram = torch.from_numpy(stats.modules[i, module].mean), torch.from_numpy(stats.gram(i, module))
-            start = least_squares(old.weight.detach(), kept, gone, mean, gram, 0.01, with_bias).weight
+            start = least_squares(old.weight.detach(), kept, gone, mean, gram.double(), 0.01, with_bias).weight
             x, weight = flat(pruned.inputs[new, module]), now.weight.detach().double()
             yield (i, module), x, y, start, weight, gain.double()
 
@@ -374,7 +374,7 @@ def test_refined_is_the_minimum(with_bias):
     x, start, _, _ = random_data()
     y = x @ torch.randn(8, 6, dtype=torch.float64) + 1
     r = y - x @ start.T
-    means = Means(x.mean(0), r.mean(0), x.T @ x / len(x), x.T @ r / len(x))
+    means = Means(x.mean(0), r.mean(0), x.T @ x / len(x), r.T @ x / len(x))
     weight, bias, _ = refit_on_means(start, means, RIDGE, with_bias)
     centred = x - x.mean(0) if with_bias else x
     lam = RIDGE * centred.square().mean()
@@ -399,4 +399,6 @@ def test_lost_is_that_of_the_data():
     for gain in (bias, None):
         off = x[:, kept] @ moved.T + (0 if gain is None else gain) - output
         expected = float(off.square().sum() / whole)
-        assert output_error_shares(weight, kept, gone, mean, gram, moved, gain)[1] == pytest.approx(expected)
+        closed = least_squares(weight, kept, gone, mean, gram, 0.1, gain is not None)
+        before, after = refit_errors(weight, kept, Centred(gram, mean), closed, moved, gain)
+        assert (before, after) == (closed.before, pytest.approx(expected))
