@@ -1,9 +1,11 @@
 """Output projections fitted on the activations that the pruned layers before them make, and where fits are kept."""
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
@@ -11,7 +13,12 @@ from flapcli.execution.device import sums_dtype
 from flapcli.pruning.compensation import ClosedForm, Fit, Means, refit_errors, refit_on_means
 from flapcli.pruning.covariance import Centred
 from flapcli.pruning.cut import ModuleCut, read_output, scatter
+from flapcli.storage.atomic import atomic_file
 from flapcli.storage.linear_algebra import aligned
+
+
+class CannotFitError(FlapError):
+    """Another try would end the same."""
 
 
 class StoredFits:
@@ -19,18 +26,16 @@ class StoredFits:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._told: dict[Path, tuple[float | None, float | None, float | None]] = {}
 
     def put(self, cut: ModuleCut, fit: Fit) -> None:
-        path = self._path(cut)
         tensors = {"weight": fit.weight.contiguous()} | ({} if fit.bias is None else {"bias": fit.bias.contiguous()})
-        save_file(tensors, path)
-        self._told[path] = (fit.before, fit.after, fit.raised)
+        with atomic_file(self._path(cut)) as scratch:
+            save_file(tensors, scratch, {"told": json.dumps([fit.before, fit.after, fit.raised])})
 
     def fit(self, _weight: torch.Tensor, cut: ModuleCut) -> Fit:
-        path = self._path(cut)
-        found = load_file(path)
-        return Fit(found["weight"], found.get("bias"), *self._told[path])
+        with safe_open(self._path(cut), "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            return Fit(found["weight"], found.get("bias"), *json.loads(file.metadata()["told"]))
 
     def _path(self, cut: ModuleCut) -> Path:
         return self.folder / f"{cut.layer}-{cut.module}.safetensors"
@@ -80,7 +85,7 @@ class ProjectionFit:
         """
         means = Means(*(total.div_(self._tokens).to(self.closed_form.device) for total in self._sums))
         if not all(torch.isfinite(mean).all() for mean in means):
-            raise FlapError(
+            raise CannotFitError(
                 f"activations of layer {self.cut.layer}, {self.cut.module} are NaN or infinite once the layers before "
                 "are pruned: calibrate with --dtype float32 or bfloat16"
             )

@@ -8,11 +8,13 @@ from support.edits import edit_keep
 from support.measured import random_data
 from support.models import load_dense, load_tokenizer, make_tiny
 from support.pruned import load_pruned
+from support.stages import contents
 
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
 from flapcli.pruning.compensation import Centred, Means, least_squares, refit_errors, refit_on_means
+from flapcli.pruning.sequential_fit import ProjectionFit
 from flapcli.texts.corpus import calibration_windows
 from flapcli.views.commands import apply_command
 
@@ -201,6 +203,31 @@ def test_batch_sizes_and_masking_change_nothing(calibrated, flap, monkeypatch):
         logits = [load_pruned(run / name)(ids).logits for name in ("pruned", "masked")]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     assert sorted(path.name for path in (run / "pruned").iterdir() if path.is_dir()) == []
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_goes_on_with_the_layer_that_it_was_stopped_at(calibrated, flap, monkeypatch, free):
+    """Every try ends at its third fit, so that it is one layer further than that before; streams in files, or not."""
+    run = calibrated("llama-gqa")
+    edit_keep(run, (1, "attention"), (1, "mlp"))  # a layer that leaves
+    monkeypatch.setattr("flapcli.execution.memory.free_memory", lambda _device: free)
+    apply = ["apply", "-d", run, "--compensate", "lstsq", "--sequential", "--no-bias"]
+    flap(*apply, "--out", run / "undisturbed")
+    fit, calls, said = ProjectionFit.fit, [], []
+
+    def until_the_third(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(self)
+
+    monkeypatch.setattr(ProjectionFit, "fit", until_the_third)
+    for code in (130, 0):
+        calls.clear()
+        said.append(flap(*apply, code=code).stderr)
+    assert "going on" not in said[0] and "going on with layer 2 of 3" in said[1]
+    assert contents(run / "pruned", card=True) == contents(run / "undisturbed", card=True)
+    assert [path.name for path in run.glob(".*")] == []
 
 
 def test_what_is_written_is_what_later_modules_are_fitted_on(flap, text_file, tmp_path):
