@@ -16,7 +16,7 @@ from flapcli.artifacts.stats import ExpertStats, Stats
 from flapcli.execution.device import sums_dtype
 from flapcli.pruning.covariance import Centred, Solution, combined, solve
 from flapcli.pruning.cut import ModuleCut
-from flapcli.storage.linear_algebra import row_blocks, total
+from flapcli.storage.linear_algebra import row_blocks, sum_of_squares, total
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def _add_kept(change: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) ->
     square = along = 0.0
     for own in row_blocks(len(kept)):
         part, old = change[:, own], weight.index_select(1, kept[own])
-        here = total(part.square())
+        here = sum_of_squares(part)
         square, along = square + here, along + here + total(part * old)
         part += old
     return square, along

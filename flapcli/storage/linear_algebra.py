@@ -31,6 +31,10 @@ def total(products: torch.Tensor) -> float:
     return float(products.sum(1).cpu().double().sum())
 
 
+def sum_of_squares(matrix: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dim=1).cpu().double().square().sum())
+
+
 class Factor(NamedTuple):
     """Cholesky factor of matrix + lambda I: the lower half of `lower`, and the inverses of its diagonal blocks.
 
@@ -48,7 +52,7 @@ class Factor(NamedTuple):
         for own, inverse in zip(blocks, self.inverses, strict=True):
             before = slice(0, own.start)
             right[:, own] = right[:, own].addmm_(right[:, before], self.lower[own, before].mT, alpha=-1) @ inverse.mT
-            energy += total(right[:, own].square())  # |half way|^2, of half way Lᵀ = right
+            energy += sum_of_squares(right[:, own])  # |half way|^2, of half way Lᵀ = right
         for own, inverse in zip(reversed(blocks), reversed(self.inverses), strict=True):
             after = slice(own.stop, None)
             right[:, own] = right[:, own].addmm_(right[:, after], self.lower[after, own], alpha=-1) @ inverse

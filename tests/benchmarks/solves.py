@@ -16,7 +16,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,7 @@ from support.resident import begin, peak
 
 from flapcli.calibration.brain_surgeon import eliminate
 from flapcli.pruning.compensation import Means, least_squares, refit_on_means
+from flapcli.storage.linear_algebra import aligned
 
 PRUNED, AIM = 0.2, 1.5
 
@@ -56,7 +59,17 @@ def gram_of(channels: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return gram.to(device), x.mean(0)
 
 
-def show(name: str, work: Callable[[], object], operations: float, size: int, device: torch.device, repeats: int):
+def fit_of(out: int, channels: int, device: torch.device) -> tuple[Any, ...]:
+    """What `least_squares` takes."""
+    gram, mean = gram_of(channels, device)
+    order = torch.randperm(channels)
+    pruned, kept = (part.sort().values for part in order.tensor_split([int(PRUNED * channels)]))
+    return torch.randn(out, channels) / channels**0.5, kept, pruned, mean, gram, 0.01, True
+
+
+def show(
+    name: str, work: Callable[[], object], operations: float, size: int, device: torch.device, repeats: int
+) -> None:
     """One line: seconds, those of a product before and after, their ratio, and peak memory."""
     ratios, seconds, products, resident = [], [], [], []
     for _ in range(repeats):
@@ -84,25 +97,24 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, one thread"
     print(f"torch {torch.__version__}, {where}")
     print(f"{'':26} {'10^9 op.':>8} {'seconds':>8} {'product':>8} {'ratio':>6} {'aim':>5} {'peak':>6}")
+    least_squares(*fit_of(512, 512, device))  # loads what a first call loads
     for layer in range(given.layers):
         for module, n in (("attention", given.hidden), ("mlp", given.neurons)):
-            gram, mean = gram_of(n, device)
-            weight, out = torch.randn(given.hidden, n) / n**0.5, given.hidden
-            pruned, kept = torch.randperm(n).split([int(PRUNED * n), n - int(PRUNED * n)])
-            pruned, kept = pruned.sort().values, kept.sort().values
-            k, p = len(kept), len(pruned)
+            given_to_fit = fit_of(given.hidden, n, device)
+            weight, kept, pruned, mean, gram, *_ = given_to_fit
+            k, p, out = len(kept), len(pruned), given.hidden
             factor_and_solve = k**3 / 3 + 2 * k * k * out
-            work = lambda w=weight, g=gram, m=mean, k=kept, p=pruned: least_squares(w, k, p, m, g, 0.01, True)  # noqa: E731
+            work = partial(least_squares, *given_to_fit)
             closed = factor_and_solve + 2 * k * p * out + k * k * out + p * p * out
             show(f"layer {layer}, {module}, lstsq", work, closed, n, device, given.repeats)
             if module == "attention":
                 fisher = torch.rand(given.heads)
-                work = lambda w=weight, g=gram, f=fisher: eliminate(w, g, f)  # noqa: E731
+                work = partial(eliminate, weight, gram, fisher)
                 show(f"layer {layer}, elimination", work, 2 * n**3 + n * n * out, n, device, given.repeats)
-            sums = gram[kept][:, kept], torch.randn(out, k, device=device)
+            rx = aligned(out, k, torch.float32, device).normal_()
             start, r = torch.zeros(out, k), torch.zeros(out, device=device, dtype=torch.float64)
-            means = Means(mean[kept].to(device).double(), r, *sums)
-            work = lambda s=start, m=means: refit_on_means(s, m, 0.3, True)  # noqa: E731
+            means = Means(mean[kept].to(device).double(), r, gram[kept][:, kept], rx)
+            work = partial(refit_on_means, start, means, 0.3, True)
             show(f"layer {layer}, {module}, refit", work, factor_and_solve, n, device, given.repeats)
 
 
