@@ -33,7 +33,7 @@ def eliminate(weight: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, ri
     while True:
         with suppress(torch.linalg.LinAlgError):
             return _eliminate(weight.to(gram.device), gram, fisher, ridge, dtypes)
-        ridge, dtypes = (ridge if len(dtypes) > 1 else ridge * 10), dtypes[-1:]
+        ridge, dtypes = (ridge if len(dtypes) > 1 else max(ridge * 10, 1e-12)), dtypes[-1:]
 
 
 def _eliminate(
