@@ -28,8 +28,8 @@ ROOMS = {
     "calibration": "stage job in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",
     "planning": "stage methods whole_experts depth even_groups devices allocation scores target_search",
-    "pruning": "stage trial companions per_layer sequential sequential_fit slicing compensation layout cut stock_form "
-    "kept_layers",
+    "pruning": "stage trial companions per_layer sequential sequential_fit slicing compensation covariance layout cut "
+    "stock_form kept_layers",
     "healing": "stage distillation healed_folder budget work training training_state objective student teacher_cache "
     "teacher healing_text healing_request forward divergence",
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
@@ -41,8 +41,7 @@ ROOMS = {
     "stats_writer stats unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms tensor_file gguf gguf_layout gguf_header "
     "huggingface checkpoint verification unit_counts described companion_files hub_headers locate hub_errors shards "
-    "weight_index "
-    "expert_files",
+    "weight_index expert_files",
     "architecture": "catalogue source wrapper family gguf_form flap_section parallel modeling_flap rope rows shape",
     "storage": "hashing linear_algebra lock resume atomic owner safetensors_file json_file record dtypes sizes",
     "  ": "errors progress __init__",

@@ -124,7 +124,7 @@ def _run(request: CalibrationRequest, header: StatsHeader, work: Workload, resum
     work.progress.doing("writing statistics")
     layers = header.model.num_layers if gram and work.fisher else 0
     with work.progress.task("eliminate", layers, "layers") if layers else nullcontext(lambda _: None) as advance:
-        save_stats(request.out, header, found, gram, eliminator(work.checkpoint, advance))
+        save_stats(request.out, header, found, gram, eliminator(work.checkpoint, work.runtime.device, advance))
 
 
 def _say_of_experts(request: CalibrationRequest, progress: Progress) -> None:

@@ -184,7 +184,7 @@ class BackwardPass(LayerWalk):
                 self.gradient.save(layer.index)
             found = fisher_of(self.recorder, layer.index, work.ranks)
             if self.writer:
-                self.writer.write_fisher(layer.index, found, eliminator(work.checkpoint))
+                self.writer.write_fisher(layer.index, found, eliminator(work.checkpoint, work.runtime.device))
             work.ranks.agree(layer.index)  # from here on no rank can need what this layer was run on again
             self.kept.forget(layer.index)
             self.gradient.forget(layer.index + 1)

@@ -17,7 +17,7 @@ CODE = 130
 LEFT = {
     "calibrate": "no half-done statistics are left, and run again it goes on after what it had saved",
     "plan": "no half-done plan is left",
-    "apply": "no half-done folder is left",
+    "apply": "no half-done folder is left, and run again a sequential fit goes on with the layer that it was at",
     "heal": "no half-done folder is left, and run again it goes on after what it had saved",
     "eval": "no half-done report is left; run again to measure",
     "run": "stages that are done stay, and run again it goes on after them",

@@ -74,6 +74,11 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
+def solving_device(device: torch.device) -> torch.device:
+    """Where normal equations are solved: the device, but the CPU where that has no float64 to check float32 by."""
+    return torch.device("cpu") if device.type in NO_FLOAT64 else device
+
+
 def _cpu_has_bfloat16(_device: torch.device) -> bool:
     """Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); emulated it is slower than float32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -93,6 +93,11 @@ class HiddenStates:
         self._source = self._path(layer)
         os.replace(self.resume.folder / f"{self.name}.part", self._source)
 
+    def pass_on(self, layer: int) -> None:
+        """The input of `layer` is also that of the next, on disk as in memory."""
+        os.replace(self._path(layer), self._path(layer + 1))
+        self._source = self._path(layer + 1)
+
     def forget(self, layer: int) -> None:
         """The input of `layer` is needed no more."""
         self._path(layer).unlink(missing_ok=True)

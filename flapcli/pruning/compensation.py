@@ -13,19 +13,21 @@ from numpy.typing import NDArray
 from flapcli.architecture.flap_section import adds_bias
 from flapcli.artifacts.few_tokens import over_experts, shrunk
 from flapcli.artifacts.stats import ExpertStats, Stats
+from flapcli.execution.device import sums_dtype
+from flapcli.pruning.covariance import Centred, Solution, combined, solve
 from flapcli.pruning.cut import ModuleCut
-from flapcli.storage.linear_algebra import cholesky_factor, solve_in_place
+from flapcli.storage.linear_algebra import row_blocks, sum_of_squares, total
 
-ROWS = 512  # of a matrix are taken at a time where all of them would be one more of its size
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The kept columns (out, |K|) as they shall be, and what is added to the bias (out,), float64.
+    """The kept columns (out, |K|) as they shall be, and what is added to the bias (out,), float64; on the CPU.
 
     `before` and `after`: share of the output's variance on the calibration text that is lost when the pruned
     channels are replaced by their mean, and with this fit; None where no covariance is known. `raised`: the ridge,
-    where it had to grow.
+    where it had to grow. `whole` is that variance, and `added` lambda.
     """
 
     weight: torch.Tensor
@@ -33,6 +35,8 @@ class Fit:
     before: float | None = None
     after: float | None = None
     raised: float | None = None
+    whole: float = 0.0
+    added: float = 0.0
 
 
 def mean_bias(weight: torch.Tensor, kept: torch.Tensor, pruned: torch.Tensor, mean: torch.Tensor) -> Fit:
@@ -54,104 +58,91 @@ def least_squares(
 ) -> Fit:
     """The kept channels predict the pruned ones: least squares, with a bias or without (METHOD.md, Compensation).
 
-    `gram` (channels, channels) is G, the mean of x xᵀ; the others are as in `mean_bias`. Float64 throughout, in no more
-    than the Gram matrix and two blocks of it beside what is returned.
+    `gram` (channels, channels) is G, the mean of x xᵀ; the others are as in `mean_bias`. On its device, in its dtype
+    or in float64 (`solve`), and in no more than two matrices of its size beside it.
     """
-    mu = mean.double() if with_bias else torch.zeros(len(mean), dtype=torch.float64)
-    w_pruned, moved = weight[:, pruned].double(), weight[:, kept].double()
-    bias = w_pruned @ mu[pruned]
-    before, explained, raised = _power(w_pruned, gram, mean, pruned), 0.0, None
+    device, mean = gram.device, mean.to(gram.device, sums_dtype(gram.device))
+    kept, pruned, weight = kept.to(device), pruned.to(device), weight.to(device)
+    centred = Centred(gram, mean if with_bias else torch.zeros_like(mean))
+    gone = weight.index_select(1, pruned).to(gram.dtype)
+    bias, before = combined(gone, mean[pruned]), Centred(gram, mean).power(gone, pruned)
+    missed = before if with_bias else before + float(bias.square().sum())
+    found = Solution(gone.new_zeros(len(weight), len(kept)), 0.0, 0.0, None)
     if len(kept) and len(pruned):
-        factor = cholesky_factor(lambda: _block(gram, mu, kept, kept), ridge)
-        across = _block(gram, mu, kept, pruned)
-        for rows in _parts(len(weight)):
-            target = w_pruned[rows] @ across.T
-            solution = solve_in_place(factor.cholesky, target.clone().mT).mT
-            # (C + lambda I) S = T: what the fit takes off the error, without another product by C.
-            explained += float((solution * target).sum() + factor.added * solution.square().sum())
-            moved[rows] += solution
-            bias[rows] -= solution @ mu[kept]
-        raised = factor.raised
-    lost = before if with_bias else before + float((w_pruned @ mean[pruned].double()).square().sum())
-    whole = _power(weight, gram, mean, torch.arange(len(mean)))
-    return Fit(moved, bias if with_bias else None, *_shares(before, max(lost - explained, 0.0), whole), raised)
+        found = solve(centred, kept, ridge, len(weight), lambda part: centred.product(part(gone), pruned, kept))
+    moved, energy, added, raised = found
+    bias -= combined(moved, mean[kept])
+    square, along = _add_kept(moved, weight, kept)
+    # What is left over is at right angles to the kept channels, but for lambda.
+    lost = max(missed - energy - added * square, 0.0)
+    whole = lost + 2 * added * along + centred.power(moved, kept)
+    if not with_bias:
+        whole -= float(combined(weight, mean).square().sum())
+    shares = (before / whole, lost / whole) if whole > 0 else (0.0, 0.0)
+    return Fit(moved.cpu(), bias.double().cpu() if with_bias else None, *shares, raised, whole, added)
 
 
-def output_error_shares(
+def _add_kept(change: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> tuple[float, float]:
+    """Make D into W' = W_K + D, in its place; |D|^2 and the sum of D * W'."""
+    square = along = 0.0
+    for own in row_blocks(len(kept)):
+        part, old = change[:, own], weight.index_select(1, kept[own])
+        here = sum_of_squares(part)
+        square, along = square + here, along + here + total(part * old)
+        part += old
+    return square, along
+
+
+def refit_errors(
     weight: torch.Tensor,
     kept: torch.Tensor,
-    pruned: torch.Tensor,
-    mean: torch.Tensor,
-    gram: torch.Tensor,
+    stats: Centred,
+    closed: Fit,
     moved: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[float, float]:
-    """Shares of the output's variance that are lost with the pruned channels' mean, and with `moved` and `bias`.
+    """`Fit.before` and `after` of other kept columns and another gain than the closed form's, whose minimum is known.
 
-    On the activations that mean and Gram matrix are of (METHOD.md, Compensation: output error).
+    `stats` are the activations' G and mean, of which the closed form is, without bias where it has none.
     """
-    change, mu, everything = torch.zeros(weight.shape, dtype=torch.float64), mean.double(), torch.arange(len(mean))
-    change[:, pruned] = -weight[:, pruned].double()
-    change[:, kept] = moved.double() - weight[:, kept].double()
-    off = change @ mu if bias is None else change @ mu + bias
-    after = _power(change, gram, mean, everything) + float(off.square().sum())
-    whole = _power(weight, gram, mean, everything)
-    return _shares(_power(weight[:, pruned], gram, mean, pruned), after, whole)
-
-
-def _shares(before: float, after: float, whole: float) -> tuple[float, float]:
-    return (before / whole, after / whole) if whole > 0 else (0.0, 0.0)
-
-
-def _block(gram: torch.Tensor, mu: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """G - mu muᵀ at these rows and columns, float64; by some rows at a time, so that no second one is made."""
-    block = torch.empty(len(rows), len(columns), dtype=torch.float64)
-    for part in _parts(len(rows)):
-        block[part] = gram[rows[part, None], columns].double() - torch.outer(mu[rows[part]], mu[columns])
-    return block
-
-
-def _parts(count: int) -> list[slice]:
-    return [slice(first, first + ROWS) for first in range(0, count, ROWS)]
-
-
-def _power(weight: torch.Tensor, gram: torch.Tensor, mean: torch.Tensor, columns: torch.Tensor) -> float:
-    """tr(W C Wᵀ), the mean square of W x, for a weight (out, |columns|) and C at these columns.
-
-    Of C, which is symmetric, the upper half, some rows at a time.
-    """
-    w, mu, total = weight.double(), mean.double(), 0.0
-    for part in _parts(len(columns)):
-        own, onward = columns[part], slice(part.start, None)
-        block = _block(gram, mu, own, columns[onward])
-        block[:, len(own) :] *= 2
-        total += float(((w[:, part] @ block) * w[:, onward]).sum())
-    return total
+    change, kept_there = moved - closed.weight, kept.to(stats.mu.device)
+    along = sum(total(change[:, own] * (closed.weight[:, own] - weight[:, kept[own]])) for own in row_blocks(len(kept)))
+    more, change = -2 * closed.added * along, change.to(stats.gram)
+    if closed.bias is None or bias is None:
+        stats = stats._replace(mu=torch.zeros_like(stats.mu))
+    else:
+        off = bias - closed.bias + combined(change, stats.mu[kept_there]).double().cpu()
+        more += float(off.square().sum())
+    more += stats.power(change, kept_there)
+    before, after = closed.before or 0.0, closed.after or 0.0
+    return before, max(after + more / closed.whole, 0.0) if closed.whole > 0 else 0.0
 
 
 class Means(NamedTuple):
-    """Means over tokens of x (|K|,), r (out,), x xᵀ (|K|, |K|) and x rᵀ (|K|, out), float64."""
+    """Means over tokens of x (|K|,), r (out,), x xᵀ (|K|, |K|) and r xᵀ (out, |K|)."""
 
     x: torch.Tensor
     r: torch.Tensor
     xx: torch.Tensor
-    xr: torch.Tensor
+    rx: torch.Tensor
 
 
 def refit_on_means(
     start: torch.Tensor, means: Means, ridge: float, with_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
-    """W0 + D and e (None without bias) of METHOD.md, Sequential fit, float64; and `Fit.raised`.
+    """W0 + D and e (None without bias) of METHOD.md, Sequential fit, on the CPU; and `Fit.raised`.
 
-    `start` is W0 (out, |K|), and `means` hold r, what W0 and the projection's own bias leave to explain.
+    `start` is W0 (out, |K|), and `means` hold r, what W0 and the projection's own bias leave to explain, and are lost.
+    Solved on their device.
     """
-    mu, everything = means.x if with_bias else torch.zeros_like(means.x), torch.arange(len(means.x))
-    change, raised = torch.zeros_like(start, dtype=torch.float64), None
+    mu, rx = means.x if with_bias else torch.zeros_like(means.x), means.rx
+    change, raised = torch.zeros_like(start), None
     if len(mu):
-        factor = cholesky_factor(lambda: _block(means.xx, mu, everything, everything), ridge)
-        change = solve_in_place(factor.cholesky, (means.xr - torch.outer(mu, means.r)).T.clone().mT).mT
-        raised = factor.raised
-    return start.double() + change, means.r - change @ means.x if with_bias else None, raised
+        rx.addr_(means.r.to(rx), mu.to(rx), alpha=-1)
+        everything = torch.arange(len(mu), device=mu.device)
+        change, *_, raised = solve(Centred(means.xx, mu), everything, ridge, len(rx), lambda part: part(rx))
+    gain = means.r - combined(change, means.x) if with_bias else None
+    return change.to(start).add_(start), gain if gain is None else gain.double().cpu(), raised
 
 
 class Compensation(Protocol):
@@ -165,13 +156,14 @@ class Compensation(Protocol):
 class ClosedForm:
     """The compensations that need nothing but statistics.
 
-    `kind` is none, bias or lstsq; all but none read `stats`, lstsq its Gram matrices too, with `ridge`.
+    `kind` is none, bias or lstsq; all but none read `stats`, lstsq its Gram matrices too, with `ridge`, on `device`.
     """
 
     kind: str
     stats: Stats | None = None
     ridge: float = 0.0
     lstsq_bias: bool = True
+    device: torch.device = CPU
 
     @property
     def adds_bias(self) -> bool:
@@ -195,12 +187,13 @@ class ClosedForm:
         if self.kind == "bias":
             return Fit(weight[:, cut.kept], None)
         stats = self._stats.modules[cut.layer, "experts"]
-        means, grams = torch.from_numpy(stats.mean).view(count, -1), torch.from_numpy(self._gram_of_experts(cut.layer))
+        means = torch.from_numpy(stats.mean).view(count, -1)
+        grams = torch.from_numpy(self._gram_of_experts(cut.layer)).to(self.device)
         fits = [
             least_squares(of_each[:, i], kept, pruned, means[i], grams[i], self.ridge, with_bias=False)
             for i, kept, pruned in cut.experts
         ]
-        return Fit(torch.cat([weight[:, :0].double(), *(fit.weight for fit in fits)], dim=1), None)
+        return Fit(torch.cat([weight[:, :0].float(), *(fit.weight for fit in fits)], dim=1), None)
 
     def _gram_of_experts(self, layer: int) -> NDArray[np.float32]:
         """Gram matrices (experts, neurons, neurons); few tokens' lean towards those of like, unrelated channels."""
@@ -217,8 +210,8 @@ class ClosedForm:
         return torch.from_numpy(self._stats.modules[cut.layer, cut.module].mean)
 
     def gram(self, cut: ModuleCut) -> torch.Tensor:
-        """Mean of x xᵀ of the module's channels, float32 (channels, channels)."""
-        return torch.from_numpy(self._stats.gram(cut.layer, cut.module))
+        """Mean of x xᵀ of the module's channels, float32 (channels, channels), on the device."""
+        return torch.from_numpy(self._stats.gram(cut.layer, cut.module)).to(self.device)
 
     @property
     def _stats(self) -> Stats:

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from flapcli.architecture.family import Family
+from flapcli.architecture.flap_section import MadeBy
 from flapcli.architecture.shape import MODULES, Module
 from flapcli.artifacts.stats import Stats
 from flapcli.checkpoints import Checkpoint
-from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime
 from flapcli.execution.hidden_states import HiddenStates, ResidualStream
 from flapcli.execution.layerwise import Forward, Layer, LayerwiseModel
@@ -25,10 +24,10 @@ from flapcli.progress import Advance, Progress
 from flapcli.pruning.compensation import ClosedForm
 from flapcli.pruning.cut import cut_of
 from flapcli.pruning.layout import Layout, Output
-from flapcli.pruning.sequential_fit import ProjectionFit, StoredFits
-from flapcli.storage.atomic import require_space
+from flapcli.pruning.sequential_fit import CannotFitError, ProjectionFit, StoredFits
+from flapcli.storage.atomic import explain, require_space
 from flapcli.storage.dtypes import torch_dtype
-from flapcli.storage.resume import Resume
+from flapcli.storage.resume import Resume, key_of
 from flapcli.texts.windows import windows_of_stats
 
 PASSES = 3  # of all windows through a layer
@@ -47,35 +46,57 @@ class SequentialFit:
         self.runtime = Runtime.of(execution, stats.header.calibration.dtype)
         self.windows = windows_of_stats(stats.header, stats_path, checkpoint)  # (nsamples, seqlen)
 
+    def resume(self, out: Path, made_by: MadeBy, anew: bool) -> Resume:
+        """Beside `out`, what a killed run of this very fit left; nothing where it is to begin `anew`."""
+        facts = {
+            "made by": made_by.model_dump(mode="json"),
+            "runtime": [self.runtime.device.type, str(self.runtime.dtype)],
+        }
+        found = Resume(out, key_of(facts, self.windows.tobytes()))
+        if anew:
+            found.discard()
+        return found
+
     @contextmanager
-    def stored(self, folder: Path, layout: Layout, closed_form: ClosedForm, progress: Progress) -> Iterator[StoredFits]:
-        """The fits of every output projection that is written, in files below `folder` that are gone afterwards.
+    def stored(
+        self, resume: Resume, layout: Layout, closed_form: ClosedForm, progress: Progress
+    ) -> Iterator[StoredFits]:
+        """The fits of every output projection that is written, in files of `resume` that are gone once they were used.
 
-        Never more than one layer in memory, besides its sums. Raises FlapError as calibration does, and where the
-        disk has no room for the fits and the pruned checkpoint, which is written after them.
+        Never more than one layer in memory, besides its sums. What is killed goes on with the layer that it was at.
+        Raises FlapError as calibration does, and where the disk has no room for streams, fits and the pruned
+        checkpoint, which is written after them.
         """
-        with TemporaryDirectory(dir=folder) as scratch:
-            fits = StoredFits(Path(scratch))
-            self._run(Path(scratch), layout, closed_form, fits, progress)
-            yield fits
+        fits = StoredFits(resume.folder)
+        try:
+            self._run(resume, layout, closed_form, fits, progress)
+        except CannotFitError:
+            resume.discard()
+            raise
+        except OSError as error:
+            raise explain(error, resume.folder) from error
+        yield fits
+        resume.discard()
 
-    def _run(self, folder: Path, layout: Layout, closed_form: ClosedForm, fits: StoredFits, progress: Progress) -> None:
+    def _run(
+        self, resume: Resume, layout: Layout, closed_form: ClosedForm, fits: StoredFits, progress: Progress
+    ) -> None:
         windows, dtype = self.windows, self.runtime.dtype
         layerwise = LayerwiseModel(self.checkpoint, windows, self.runtime, progress)
-        hidden_size = self.checkpoint.shape.hidden_size
+        hidden_size, count = self.checkpoint.shape.hidden_size, self.checkpoint.shape.num_layers
         stream_bytes = windows.size * hidden_size * dtype.itemsize
         in_memory = stay_in_memory(2 * stream_bytes)
-        # Three of a stream: one is read, while of the other what is read and what is written are there.
-        require_space(folder, layout.nbytes + _fits_bytes(layout) + (0 if in_memory else 3 * stream_bytes))
-        files = [Resume(folder / "streams" / name, name) for name in ("dense", "pruned")]
-        hidden = (HiddenStates((*windows.shape, hidden_size), dtype, in_memory, own) for own in files)
-        dense, pruned = (ResidualStream(states, layerwise.device) for states in hidden)
+        # Of each stream what is read and what is written: with the latter half-written, all begins with the former.
+        require_space(resume.parent.parent, layout.nbytes + _fits_bytes(layout) + 4 * stream_bytes - resume.nbytes)
+        size = (*windows.shape, hidden_size)
+        states = [HiddenStates(size, dtype, in_memory, resume, name) for name in ("dense", "pruned")]
+        dense, pruned = (ResidualStream(own, layerwise.device) for own in states)
         run = _Run(self, layout, closed_form, layerwise, dense, pruned, fits)
-        total = PASSES * windows.size * self.checkpoint.shape.num_layers
-        with torch.inference_mode(), progress.task("refit", total, "tokens x passes") as advance:
-            run.over_layers(advance)
-        for own in files:
-            own.discard()
+        with (
+            torch.inference_mode(),
+            progress.task("refit", PASSES * windows.size * count, "tokens x passes") as advance,
+        ):
+            run.over_layers(progress, advance)
 
 
 def _fits_bytes(layout: Layout) -> int:
@@ -96,9 +117,9 @@ class LayerInputs:
         self._until: Module | None = None
         paths: dict[str, str] = {module: family.module(module).output for module in MODULES}
         if family.experts:
-            raise FlapError(f"--sequential fits no experts, which family {family.name} has: leave it out")
+            raise CannotFitError(f"--sequential fits no experts, which family {family.name} has: leave it out")
         if family.between_modules is None:
-            raise FlapError(
+            raise CannotFitError(
                 f"--sequential fits attention before the MLP, which stand side by side in family {family.name}: leave "
                 "it out"
             )
@@ -150,19 +171,36 @@ class _Run:
     pruned: ResidualStream
     fits: StoredFits
 
-    def over_layers(self, advance: Advance) -> None:
-        checkpoint, windows = self.fit.checkpoint, self.fit.windows
-        self._embed()
-        for layer in self.layerwise.layers(range(checkpoint.shape.num_layers)):
+    def over_layers(self, progress: Progress, advance: Advance) -> None:
+        checkpoint, windows, start = self.fit.checkpoint, self.fit.windows, self._restored()
+        if start is None:
+            start = 0
+            self._embed()
+        else:
+            progress.note(f"going on with layer {start} of {checkpoint.shape.num_layers} (from 0)")
+        advance(start * PASSES * windows.size)
+        for layer in self.layerwise.layers(range(start, checkpoint.shape.num_layers)):
             if layer.index not in self.layout.layers.written_index:
                 self._pass(self.dense, layer, advance)
                 advance((PASSES - 1) * windows.size)
-                continue
-            inputs = LayerInputs(layer.module, checkpoint.family)
-            self._fit_attention(layer, inputs, advance)
-            self._fit_mlp(layer, inputs, advance)
-            inputs.close()
-            self._pass(self.pruned, layer, advance)
+                self.pruned.hidden.pass_on(layer.index)
+            else:
+                inputs = LayerInputs(layer.module, checkpoint.family)
+                self._fit_attention(layer, inputs, advance)
+                self._fit_mlp(layer, inputs, advance)
+                inputs.close()
+                self._pass(self.pruned, layer, advance)
+            for stream in (self.dense, self.pruned):
+                stream.hidden.forget(layer.index)
+
+    def _restored(self) -> int | None:
+        """The last layer whose input an earlier run left whole in both streams, which now read it, or None."""
+        hidden = self.dense.hidden, self.pruned.hidden
+        start = max(set.intersection(*(set(states.saved()) for states in hidden)), default=None)
+        if start is not None:
+            for states in hidden:
+                states.restore(start)
+        return start
 
     def _embed(self) -> None:
         def take(part: slice, states: torch.Tensor) -> None:
@@ -170,8 +208,8 @@ class _Run:
             self.pruned.write(part, states)
 
         self.layerwise.embed(take)
-        self.dense.turn()
-        self.pruned.turn()
+        self.dense.hidden.save(0)
+        self.pruned.hidden.save(0)
 
     def _fit_attention(self, layer: Layer, inputs: LayerInputs, advance: Advance) -> None:
         """Fit on the stream before the layer; with that the dense stream moves behind it."""
@@ -191,7 +229,7 @@ class _Run:
             self.dense.write(part, after)
 
         self.layerwise.run(layer, step, advance)
-        self.dense.turn()
+        self.dense.hidden.save(layer.index + 1)
         self._finish(fit, layer.module)
 
     def _check(self, layer: torch.nn.Module, inputs: LayerInputs, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -201,7 +239,7 @@ class _Run:
             added = layer.get_submodule(family.module(module).output)(inputs.of[module])
             rounding = 2 * torch.finfo(end.dtype).eps * float(end.abs().max())
             if not torch.allclose(end - start, added, rtol=0, atol=rounding + 0.01 * float(added.abs().max())):
-                raise FlapError(
+                raise CannotFitError(
                     f"--sequential knows no layers like those of family {family.name}, whose {module} adds something "
                     "else to the residual stream than its output projection's output: leave it out"
                 )
@@ -238,4 +276,4 @@ class _Run:
             stream.write(part, forward(stream.read(part)))
 
         self.layerwise.run(layer, step, advance)
-        stream.turn()
+        stream.hidden.save(layer.index + 1)

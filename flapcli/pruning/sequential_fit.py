@@ -1,15 +1,24 @@
 """Output projections fitted on the activations that the pruned layers before them make, and where fits are kept."""
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.device import sums_dtype
-from flapcli.pruning.compensation import ClosedForm, Fit, Means, output_error_shares, refit_on_means
+from flapcli.pruning.compensation import ClosedForm, Fit, Means, refit_errors, refit_on_means
+from flapcli.pruning.covariance import Centred
 from flapcli.pruning.cut import ModuleCut, read_output, scatter
+from flapcli.storage.atomic import atomic_file
+from flapcli.storage.linear_algebra import aligned
+
+
+class CannotFitError(FlapError):
+    """Another try would end the same."""
 
 
 class StoredFits:
@@ -17,18 +26,16 @@ class StoredFits:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._told: dict[Path, tuple[float | None, float | None, float | None]] = {}
 
     def put(self, cut: ModuleCut, fit: Fit) -> None:
-        path = self._path(cut)
         tensors = {"weight": fit.weight.contiguous()} | ({} if fit.bias is None else {"bias": fit.bias.contiguous()})
-        save_file(tensors, path)
-        self._told[path] = (fit.before, fit.after, fit.raised)
+        with atomic_file(self._path(cut)) as scratch:
+            save_file(tensors, scratch, {"told": json.dumps([fit.before, fit.after, fit.raised])})
 
     def fit(self, _weight: torch.Tensor, cut: ModuleCut) -> Fit:
-        path = self._path(cut)
-        found = load_file(path)
-        return Fit(found["weight"], found.get("bias"), *self._told[path])
+        with safe_open(self._path(cut), "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            return Fit(found["weight"], found.get("bias"), *json.loads(file.metadata()["told"]))
 
     def _path(self, cut: ModuleCut) -> Path:
         return self.folder / f"{cut.layer}-{cut.module}.safetensors"
@@ -37,7 +44,7 @@ class StoredFits:
 class ProjectionFit:
     """One output projection's sequential fit, which starts at its closed form; `ridge` is that of `refit_on_means`.
 
-    Sums over tokens are float64 where the device has it, of products of one batch in float32, as in calibration.
+    Sums over tokens are float64 where the device has it, those of products float32, as in calibration.
     """
 
     def __init__(
@@ -46,12 +53,14 @@ class ProjectionFit:
         self.cut, self.closed_form, self.ridge = cut, closed_form, ridge
         self.weight, self.bias = read_output(checkpoint, cut)
         channels, outputs = len(cut.kept), checkpoint.shape.hidden_size
-        start = closed_form.fit(self.weight, cut).weight
+        self.start = closed_form.fit(self.weight, cut)
         own = torch.zeros(outputs) if self.bias is None else self.bias
-        self.start, self._kept = start.double(), cut.kept.to(device)
-        self._start, self._bias = start.to(device, torch.float32), own.to(device, torch.float32)
-        shapes = (channels,), (outputs,), (channels, channels), (channels, outputs)
-        self._totals = [torch.zeros(shape, device=device, dtype=sums_dtype(device)) for shape in shapes]
+        self._kept = cut.kept.to(device)
+        self._start, self._bias = self.start.weight.to(device, torch.float32), own.to(device, torch.float32)
+        self._sums = Means(
+            *(torch.zeros(size, device=device, dtype=sums_dtype(device)) for size in (channels, outputs)),
+            *(aligned(size, channels, torch.float32, device).zero_() for size in (channels, outputs)),
+        )
         self._tokens = 0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -61,27 +70,31 @@ class ProjectionFit:
         """
         x = x.flatten(0, -2).float()[:, self._kept]
         r = y.flatten(0, -2) - self._bias - x @ self._start.T
-        parts = x.sum(0), r.sum(0), x.T @ x, x.T @ r
-        for total, part in zip(self._totals, parts, strict=True):
-            total.add_(part)
+        of_x, of_r = x.sum(0), r.sum(0)
+        self._sums.x.add_(of_x)
+        self._sums.r.add_(of_r)
+        self._sums.xx.addmm_(x.T, x)
+        self._sums.rx.addmm_(r.T, x)
         self._tokens += len(x)
 
     def fit(self) -> Fit:
-        """The fit, which leaves the sums; `before` and `after` are shares of the dense model's own output.
+        """The fit, which takes the sums' memory; `before` and `after` are shares of the dense model's own output.
 
         So they compare with the closed form's, although this fit aims at another target: the dense residual stream,
         given the pruned one. Raises FlapError where activations were not finite.
         """
-        means = Means(*(total.cpu().double().div_(self._tokens) for total in self._totals))  # in place on a CPU
+        means = Means(*(total.div_(self._tokens).to(self.closed_form.device) for total in self._sums))
         if not all(torch.isfinite(mean).all() for mean in means):
-            raise FlapError(
+            raise CannotFitError(
                 f"activations of layer {self.cut.layer}, {self.cut.module} are NaN or infinite once the layers before "
                 "are pruned: calibrate with --dtype float32 or bfloat16"
             )
-        moved, gain, raised = refit_on_means(self.start, means, self.ridge, self.closed_form.adds_bias)
+        moved, gain, raised = refit_on_means(self.start.weight, means, self.ridge, self.closed_form.adds_bias)
+        del means, self._sums
         cut = self.cut
-        mean, gram = self.closed_form.mean(cut), self.closed_form.gram(cut)
-        errors = output_error_shares(self.weight, cut.kept, cut.pruned, mean, gram, moved, gain)
+        gram = self.closed_form.gram(cut)
+        stats = Centred(gram, self.closed_form.mean(cut).to(gram.device, sums_dtype(gram.device)))
+        errors = refit_errors(self.weight, cut.kept, stats, self.start, moved, gain)
         return Fit(moved, gain, *errors, raised)
 
     def install(self, projection: torch.nn.Module, fit: Fit, written: torch.dtype, running: torch.dtype) -> None:

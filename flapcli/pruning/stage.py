@@ -22,6 +22,7 @@ from flapcli.execution.settings import RIDGES, ApplyOptions, Execution
 from flapcli.progress import IMPORTING, Progress, Silent
 from flapcli.storage.atomic import atomic_folder
 from flapcli.storage.hashing import sha256
+from flapcli.storage.resume import discard_all
 
 if TYPE_CHECKING:
     from flapcli.pruning.layout import Layout
@@ -77,6 +78,7 @@ def apply(
         return found.flap.made_by.same_as(made_by) and is_whole(found, checkpoint.companions)
 
     if found := PRUNED.current(out, same, force):
+        discard_all(out)  # a run that was killed between its last two steps
         return found, True
     keep_old = keeps_old(out, force, progress)
     stats = _stats_of(plan, plan_path, stats_path) if options.compensate != "none" else None
@@ -88,7 +90,7 @@ def apply(
         text = {"dataset": read.dataset, "dataset_sha256": read.source_sha256}
     made_by = made_by.model_copy(update={"license": checkpoint.license} | text)
     work = _Work(checkpoint, plan, stats, stats_path, options, execution)
-    _write_folder(out, work, made_by, keep_old, progress)
+    _write_folder(out, work, made_by, keep_old, force, progress)
     return PRUNED.load(out), False
 
 
@@ -117,8 +119,9 @@ class _Work:
     execution: Execution
 
 
-def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progress: Progress) -> None:
+def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, force: bool, progress: Progress) -> None:
     progress.doing(IMPORTING)
+    from flapcli.execution.device import pick_device, solving_device
     from flapcli.execution.loading import quiet_transformers
     from flapcli.pruning.companions import write_companions
     from flapcli.pruning.compensation import ClosedForm
@@ -133,13 +136,14 @@ def _write_folder(out: Path, work: _Work, made_by: MadeBy, keep_old: bool, progr
 
         fit = SequentialFit(work.checkpoint, work.stats, work.stats_path, work.execution, ridge)
     kind = options.compensate or "none"
-    closed_form = ClosedForm(kind, work.stats, RIDGES[False] if fit else ridge, options.lstsq_bias)
+    device = solving_device(pick_device(work.execution.device))
+    closed_form = ClosedForm(kind, work.stats, RIDGES[False] if fit else ridge, options.lstsq_bias, device)
     _say_of_rank(work, progress)
     layout = layout_of(work.checkpoint, work.plan, options, closed_form.adds_bias)
     _say_of_layout(layout, options, progress)
-    with atomic_folder(out, keep_old) as scratch:
-        with fit.stored(scratch, layout, closed_form, progress) if fit else nullcontext(closed_form) as compensation:
-            report = write_tensors(scratch, layout, compensation, options.shard_size, progress)
+    fits = fit.stored(fit.resume(out, made_by, force), layout, closed_form, progress) if fit else None
+    with fits or nullcontext(closed_form) as compensation, atomic_folder(out, keep_old) as scratch:
+        report = write_tensors(scratch, layout, compensation, options.shard_size, progress)
         _say_of_ridge(report, progress)
         progress.doing("writing configuration, tokenizer and card")
         write_companions(scratch, layout, made_by, report)

@@ -72,6 +72,18 @@ def test_the_errors_are_those_of_least_squares():
     torch.testing.assert_close(levels[first], left / alone)
 
 
+@pytest.mark.parametrize("loud", [1, 300])
+@pytest.mark.parametrize("ridge", [0.01, 1e-7])
+def test_float32_eliminates_as_float64_does(loud, ridge):
+    """Over several blocks of rows, with fewer tokens than channels and a channel that is louder than all others."""
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 600, generator=made) + 1
+    x[:, 7] *= loud
+    gram, weight, fisher = x.T @ x / 400, torch.randn(40, 600, generator=made), torch.rand(30, generator=made)
+    expected = eliminate(weight.double(), gram.double(), fisher, ridge)
+    torch.testing.assert_close(eliminate(weight, gram, fisher, ridge), expected, rtol=2e-3, atol=0)
+
+
 def test_a_twin_goes_at_no_loss_and_its_like_then_stays():
     """Two equal channels: either alone is worth nothing, together they are worth most."""
     rng = np.random.default_rng(1)

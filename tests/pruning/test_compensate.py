@@ -83,6 +83,39 @@ def test_reported_errors_are_those_of_the_data(with_bias):
     assert fit.before == pytest.approx(float(before.square().sum() / whole))
 
 
+@pytest.mark.parametrize("trouble", ["few tokens", "one loud channel", "far means"])
+@pytest.mark.parametrize(("ridge", "with_bias"), [(0.01, True), (0.01, False), (1e-7, True)])
+def test_float32_fits_as_float64_does(trouble, ridge, with_bias):
+    """An oracle in float64, over several blocks of rows, on matrices that leave float32 little to go by."""
+    made = torch.Generator().manual_seed(0)
+    tokens, channels = (150 if trouble == "few tokens" else 900), 700
+    x = torch.randn(tokens, channels, dtype=torch.float64, generator=made) + 1
+    x[:, :50] += 3 * x[:, 50:100]
+    if trouble == "one loud channel":
+        x[:, 7] *= 1000
+    if trouble == "far means":
+        x += 30
+    weight, order = torch.randn(40, channels, generator=made), torch.randperm(channels, generator=made)
+    kept, pruned = order[:560].sort().values, order[560:].sort().values
+    mean, gram = x.mean(0).float(), (x.T @ x / tokens).float()
+    fit = least_squares(weight, kept, pruned, mean, gram, ridge, with_bias)
+    c = gram.double() - (torch.outer(mean.double(), mean.double()) if with_bias else 0)
+    kk = c[kept][:, kept]
+    padded = kk + (fit.raised or ridge) * kk.diagonal().mean() * torch.eye(len(kept))
+    change = torch.linalg.lstsq(padded, c[kept][:, pruned] @ weight[:, pruned].double().T, driver="gelsd").solution
+    expected = weight[:, kept] + change.T
+    assert (fit.weight - expected).norm() < 2e-3 * change.norm()
+
+    def lost(kept_weight):
+        off = torch.zeros(40, channels, dtype=torch.float64)
+        off[:, kept], off[:, pruned] = kept_weight - weight[:, kept].double(), -weight[:, pruned].double()
+        return torch.trace(off @ c @ off.T)
+
+    least = max(float(lost(expected)), 0.0)  # below it, where rounding left C indefinite
+    assert fit.after * fit.whole == pytest.approx(least, rel=1e-3, abs=1e-5 * fit.whole)
+    assert float(lost(fit.weight.double())) < least * (1 + 1e-4) + 1e-6 * fit.whole
+
+
 def test_a_singular_gram_is_handled():
     _, weight, mean, gram = random_data(tokens=3)
     fit = least_squares(weight, KEPT, PRUNED, mean, gram.float(), 0.0, with_bias=True)
@@ -148,12 +181,12 @@ least_squares(*arguments(100))  # loads what torch loads at its first call
 args = arguments(n)
 before = begin()
 least_squares(*args)
-print((peak() - before) / (8 * n * n))
+print((peak() - before) / (4 * n * n))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak of memory")
 def test_no_more_than_two_matrices_beside_the_gram_matrix():
-    """In float64, of which the formulas as they are written would take five; in a process without other memory."""
+    """In its float32, of which the formulas as they are written would take five; in a process without other memory."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=TESTS)
-    assert float(done.stdout) < 2.2
+    assert float(done.stdout) < 2

@@ -8,11 +8,13 @@ from support.edits import edit_keep
 from support.measured import random_data
 from support.models import load_dense, load_tokenizer, make_tiny
 from support.pruned import load_pruned
+from support.stages import contents
 
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
-from flapcli.pruning.compensation import Means, least_squares, output_error_shares, refit_on_means
+from flapcli.pruning.compensation import Centred, Means, least_squares, refit_errors, refit_on_means
+from flapcli.pruning.sequential_fit import ProjectionFit
 from flapcli.texts.corpus import calibration_windows
 from flapcli.views.commands import apply_command
 
@@ -94,7 +96,7 @@ def modules(run, dense_model, ids, with_bias):
                 continue
             gone = torch.tensor([c for c in range(old.in_features) if c not in kept], dtype=torch.long)
             mean, gram = torch.from_numpy(stats.modules[i, module].mean), torch.from_numpy(stats.gram(i, module))
-            start = least_squares(old.weight.detach(), kept, gone, mean, gram, 0.01, with_bias).weight
+            start = least_squares(old.weight.detach(), kept, gone, mean, gram.double(), 0.01, with_bias).weight
             x, weight = flat(pruned.inputs[new, module]), now.weight.detach().double()
             yield (i, module), x, y, start, weight, gain.double()
 
@@ -201,6 +203,31 @@ def test_batch_sizes_and_masking_change_nothing(calibrated, flap, monkeypatch):
         logits = [load_pruned(run / name)(ids).logits for name in ("pruned", "masked")]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     assert sorted(path.name for path in (run / "pruned").iterdir() if path.is_dir()) == []
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_goes_on_with_the_layer_that_it_was_stopped_at(calibrated, flap, monkeypatch, free):
+    """Every try ends at its third fit, so that it is one layer further than that before; streams in files, or not."""
+    run = calibrated("llama-gqa")
+    edit_keep(run, (1, "attention"), (1, "mlp"))  # a layer that leaves
+    monkeypatch.setattr("flapcli.execution.memory.free_memory", lambda _device: free)
+    apply = ["apply", "-d", run, "--compensate", "lstsq", "--sequential", "--no-bias"]
+    flap(*apply, "--out", run / "undisturbed")
+    fit, calls, said = ProjectionFit.fit, [], []
+
+    def until_the_third(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(self)
+
+    monkeypatch.setattr(ProjectionFit, "fit", until_the_third)
+    for code in (130, 0):
+        calls.clear()
+        said.append(flap(*apply, code=code).stderr)
+    assert "going on" not in said[0] and "going on with layer 2 of 3" in said[1]
+    assert contents(run / "pruned", card=True) == contents(run / "undisturbed", card=True)
+    assert [path.name for path in run.glob(".*")] == []
 
 
 def test_what_is_written_is_what_later_modules_are_fitted_on(flap, text_file, tmp_path):
@@ -374,7 +401,7 @@ def test_refined_is_the_minimum(with_bias):
     x, start, _, _ = random_data()
     y = x @ torch.randn(8, 6, dtype=torch.float64) + 1
     r = y - x @ start.T
-    means = Means(x.mean(0), r.mean(0), x.T @ x / len(x), x.T @ r / len(x))
+    means = Means(x.mean(0), r.mean(0), x.T @ x / len(x), r.T @ x / len(x))
     weight, bias, _ = refit_on_means(start, means, RIDGE, with_bias)
     centred = x - x.mean(0) if with_bias else x
     lam = RIDGE * centred.square().mean()
@@ -399,4 +426,6 @@ def test_lost_is_that_of_the_data():
     for gain in (bias, None):
         off = x[:, kept] @ moved.T + (0 if gain is None else gain) - output
         expected = float(off.square().sum() / whole)
-        assert output_error_shares(weight, kept, gone, mean, gram, moved, gain)[1] == pytest.approx(expected)
+        closed = least_squares(weight, kept, gone, mean, gram, 0.1, gain is not None)
+        before, after = refit_errors(weight, kept, Centred(gram, mean), closed, moved, gain)
+        assert (before, after) == (closed.before, pytest.approx(expected))

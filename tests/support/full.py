@@ -5,8 +5,8 @@
 Each of STAGES first runs on a tmpfs with room, which tells how much it takes at its most; then POINTS times with a
 share of that from nothing to nearly all, from a folder without and with an older artifact by turns. It must end with
 exit code 1 and one line that names the disk; each artifact must be absent, old or whole, and nothing half-done be left
-but what calibrate goes on with. Then, with room again, it must end with the very bytes of the first run. Prints what
-happened as a line of JSON for each stage. Root alone may mount; FOLDER/disk is unmounted at the end.
+but what calibrate and a sequential fit go on with. Then, with room again, it must end with the very bytes of the first
+run. Prints what happened as a line of JSON for each stage. Root alone may mount; FOLDER/disk is unmounted at the end.
 """
 
 import json
