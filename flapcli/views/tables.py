@@ -18,7 +18,17 @@ from flapcli.artifacts.stats import StatsHeader
 from flapcli.artifacts.sweep_results import Figures, Row, Sweep
 from flapcli.export.stage import ExportedGguf
 from flapcli.views.commands import next_commands
-from flapcli.views.eval_rows import cost_rows, gigabytes, megabytes, models_of, quality_rows, speed_lines, story
+from flapcli.views.eval_rows import (
+    cost_rows,
+    gigabytes,
+    megabytes,
+    models_of,
+    quality_rows,
+    recommendation,
+    speed_lines,
+    story,
+    sweep_rows,
+)
 from flapcli.views.terminal import duration, out
 
 if TYPE_CHECKING:
@@ -26,7 +36,7 @@ if TYPE_CHECKING:
 
 BAR = 20  # characters
 WIDTH, HEIGHT, MARGIN = 60, 12, 10  # of the plot of a sweep and of its labels, in characters
-MARKS = "●◆▲■○◇△□"
+MARKS, WHOLE = "●◆▲■○◇△□", "D"
 
 
 def show_stats(header: StatsHeader) -> None:
@@ -233,38 +243,28 @@ def _bar(count: int, of: int) -> str:
 
 def show_sweep(sweep: Sweep) -> None:
     """A row for the dense model and one a ratio: size, perplexities, over the dense model's in brackets; and a plot."""
-    models: list[Figures] = [*([sweep.dense] if sweep.dense else []), *sweep.rows]
-    texts = list(sweep.rows[0].perplexity)
-    columns = ["ratio", "parameters", "weights", *(f"perplexity {Path(text).name}" for text in texts)]
-    averaged = any(row.task_average is not None for row in sweep.rows)
-    columns += ["average of tasks"] if averaged else []
+    columns, rows = sweep_rows(sweep)
     table = Table(*_right(*columns), title=f"sweep of {sweep.model}", title_justify="left")
-    for model in models:
-        cells = [f"{model.parameters:,}", f"{megabytes(model.bytes)} {model.stored_as}"]
-        cells += [_cell(model, text) for text in texts]
-        cells += ["-" if model.task_average is None else f"{model.task_average:.4f}"] if averaged else []
-        table.add_row(str(model.ratio) if isinstance(model, Row) else "dense", *cells)
+    for name, cells in rows:
+        table.add_row(name, *cells)
     out.print(table)
-    out.print(_plot(models, texts))
+    models: list[Figures] = [*([sweep.dense] if sweep.dense else []), *sweep.rows]
+    out.print(_plot(models, list(sweep.rows[0].perplexity)))
+    out.print(Text(recommendation(sweep)), soft_wrap=True)
     if sweep.unfinished:
         out.print(Text(f"unfinished: {sweep.unfinished}"), soft_wrap=True)
-
-
-def _cell(row: Figures, text: str) -> str:
-    relative = f" ({row.relative[text]:.2f}x)" if isinstance(row, Row) and text in row.relative else ""
-    return f"{row.perplexity[text]:.2f}{relative}"
 
 
 def _plot(models: list[Figures], texts: list[str]) -> Text:
     """Perplexity (logarithmic) over parameters, one mark a text; where two meet the later one shows."""
     heights = [log10(model.perplexity[text]) for model in models for text in texts]
-    sizes = [model.parameters for model in models]
+    sizes, whole = [model.parameters for model in models], not isinstance(models[0], Row)
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
     for mark, text in zip(MARKS, texts, strict=False):
         for model in models:
             x = _place(model.parameters, min(sizes), max(sizes), WIDTH)
             y = _place(log10(model.perplexity[text]), min(heights), max(heights), HEIGHT)
-            grid[HEIGHT - 1 - y][x] = mark
+            grid[HEIGHT - 1 - y][x] = mark if isinstance(model, Row) else WHOLE
     ticks = {0: max(heights), HEIGHT // 2: (max(heights) + min(heights)) / 2, HEIGHT - 1: min(heights)}
     lines = ["perplexity over parameters"]
     for place, line in enumerate(grid):
@@ -273,7 +273,8 @@ def _plot(models: list[Figures], texts: list[str]) -> Text:
     lines.append(f"{'':>{MARGIN}} └{'─' * WIDTH}")
     low, high = f"{min(sizes):,}", f"{max(sizes):,}"
     lines.append(f"{'':>{MARGIN}}  {low}{high:>{WIDTH - len(low)}}")
-    lines.append(" " * (MARGIN + 2) + "   ".join(f"{m} {Path(t).name}" for m, t in zip(MARKS, texts, strict=False)))
+    marks = [*zip(MARKS, (Path(text).name for text in texts), strict=False), *([(WHOLE, "dense")] if whole else [])]
+    lines.append(" " * (MARGIN + 2) + "   ".join(f"{mark} {name}" for mark, name in marks))
     return Text("\n".join(lines), no_wrap=True)
 
 
