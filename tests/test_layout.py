@@ -25,10 +25,10 @@ BOUNDARY = (
 # Every module in its place: a module imports only what stands below it.
 ROOMS = {
     "": "__main__",
-    "cli": "app results run_command stages sweep_command estimate_command command misuse epilogs resolve options help "
-    "presets interrupts",
-    "views": "comparison_tables contents page page_settings compare plots svg tables commands eval_rows display "
-    "terminal",
+    "cli": "app results run_command stages sweep_command estimate_command command misuse epilogs resolve values "
+    "options help presets interrupts",
+    "views": "comparison_tables contents page page_settings compare plots svg tables paper_table commands eval_rows "
+    "display terminal",
     " ": "sweep",
     "calibration": "stage job calibration_text in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",

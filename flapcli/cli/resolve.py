@@ -6,6 +6,7 @@ from flapcli.architecture.flap_section import adds_bias
 from flapcli.architecture.shape import AttentionUnit
 from flapcli.checkpoints import DEMO, Hub
 from flapcli.cli import options as o
+from flapcli.cli import values
 from flapcli.cli.presets import preset_of
 from flapcli.errors import UsageError, only_with
 from flapcli.evaluation.stage import check_options
@@ -97,7 +98,7 @@ def resolve(asked: Asked) -> Stages:
             tuple(evaluation.perplexity or ()), windows.seqlen, asked.eval_dtype, evaluation.baseline,
             windows.text_column, expand(evaluation.tasks) if evaluation.tasks is not None else (),
             str(evaluation.include_path) if evaluation.include_path else None, evaluation.limit, asked.num_fewshot,
-            asked.speed, o.windows(evaluation.perplexity_windows, "--perplexity-windows", "all"),
+            asked.speed, values.windows(evaluation.perplexity_windows, "--perplexity-windows", "all"),
         ),
     )  # fmt: skip
 
@@ -111,8 +112,8 @@ def execution_of(
 ) -> Execution:
     """How models run. Raises UsageError for a --batch-size that is none."""
     return Execution(
-        group.device, o.windows(group.batch_size, "--batch-size", "auto"), threads, stream, scale.activation_memory,
-        scale.device_map, scale.rank_timeout, cache_requests,
+        group.device, values.windows(group.batch_size, "--batch-size", "auto"), threads, stream,
+        scale.activation_memory, scale.device_map, scale.rank_timeout, cache_requests,
     )  # fmt: skip
 
 
@@ -125,6 +126,6 @@ def speed_of(speed: bool, group: o.SpeedGroup, threads: int | None) -> SpeedOpti
     defaults = vars(o.SpeedGroup())
     given = {f"--{name.replace('_', '-')}": value != defaults[name] for name, value in vars(group).items()}
     only_with("--speed", speed, given)
-    sizes = o.numbers(group.speed_batch_sizes, "--speed-batch-sizes")
-    lengths = o.numbers(group.speed_lengths, "--speed-lengths")
+    sizes = values.numbers(group.speed_batch_sizes, "--speed-batch-sizes")
+    lengths = values.numbers(group.speed_lengths, "--speed-lengths")
     return SpeedOptions(sizes, lengths, group.speed_new_tokens, group.speed_rounds, threads) if speed else None

@@ -164,7 +164,8 @@ def sweep_anew(header: StatsHeader | None, sweep: Sweep, run_dir: str, best: Pre
     line = _as_run(stages)
     if line is None:
         return []
-    options = {"ratios": None if ratios == "0.1,0.2,0.3,0.5" else ratios} | line.options
+    methods = ",".join(sweep.settings.get("methods", ())) or None
+    options = {"methods": methods, "ratios": None if ratios == "0.1,0.2,0.3,0.5" else ratios} | line.options
     return [Asked("sweep", options, line.best).line([header.model.name], run_dir)]
 
 

@@ -123,7 +123,8 @@ def sweep_rows(sweep: Sweep) -> tuple[list[str], list[Row]]:
             over = model.relative.get(text) if isinstance(model, Ratio) else None
             cells.append(f"{model.perplexity[text]:.2f}" + (f" ({over:.2f}x)" if over else ""))
         cells += ["-" if model.task_average is None else f"{model.task_average:.4f}"] if averaged else []
-        rows.append((f"{model.ratio:g}" if isinstance(model, Ratio) else "dense", cells))
+        name = " ".join(filter(None, (model.method, f"{model.ratio:g}"))) if isinstance(model, Ratio) else "dense"
+        rows.append((name, cells))
     return [*columns, *(["average of tasks"] if averaged else [])], rows
 
 
@@ -131,14 +132,15 @@ def recommendation(sweep: Sweep) -> str:
     """The largest ratio that stays near the dense model on every text, in words."""
     if not sweep.dense:
         return "without the dense model's figures (--no-baseline) no ratio can be recommended"
-    near = [row for row in sweep.rows if max(row.relative.values()) <= DEAR]
+    tried = [row for row in sweep.rows if row.method == sweep.rows[0].method]
+    near = [row for row in tried if max(row.relative.values()) <= DEAR]
     if near:
         cost = max(near[-1].relative.values())
         return (
             f"recommended: {near[-1].ratio:g}, the largest ratio tried at which no perplexity is more than {DEAR:g} "
             f"times the dense model's ({cost:.2f})"
         )
-    least = min(sweep.rows, key=lambda row: max(row.relative.values()))
+    least = min(tried, key=lambda row: max(row.relative.values()))
     return (
         f"no ratio tried keeps perplexity within {DEAR:g} times the dense model's; {least.ratio:g} comes nearest "
         f"({max(least.relative.values()):.2f} times): try smaller ones, or --preset best"

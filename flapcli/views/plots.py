@@ -195,11 +195,11 @@ def sweep_picture(sweep: Sweep) -> Figure:
     """
     figure = Figure(figsize=(4.8, 3.2), layout="constrained")
     axes = figure.subplots()
-    for place, text in enumerate(sweep.rows[0].perplexity):
-        points = [(row.parameters, row.perplexity[text]) for row in sweep.rows]
+    for place, (name, text, rows) in enumerate(sweep.series):
+        points = [(row.parameters, row.perplexity[text]) for row in rows]
         colour = COLOURS[place % len(COLOURS)]
         whole = [(sweep.dense.parameters, sweep.dense.perplexity[text])] if sweep.dense else []
-        axes.plot(*zip(*(whole + points), strict=True), "-o", color=colour, label=Path(text).name, zorder=2)
+        axes.plot(*zip(*(whole + points), strict=True), "-o", color=colour, label=name, zorder=2)
         if whole:
             axes.plot(*zip(*whole, strict=True), "o", color=colour, markerfacecolor="white", markersize=8, zorder=3)
     axes.set_yscale("log")
