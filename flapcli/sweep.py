@@ -15,7 +15,15 @@ from flapcli.calibration.stage import calibrate
 from flapcli.checkpoints import DEMO, Hub
 from flapcli.evaluation.stage import calibration_text, check_options, check_tasks, evaluate
 from flapcli.evaluation.task_names import task_files_sha256
-from flapcli.execution.settings import ApplyOptions, CalibrateOptions, EvalOptions, Execution, HealOptions, PlanOptions
+from flapcli.execution.settings import (
+    ApplyOptions,
+    CalibrateOptions,
+    EvalOptions,
+    Execution,
+    HealOptions,
+    Method,
+    PlanOptions,
+)
 from flapcli.healing.stage import HealInputs, check, heal
 from flapcli.planning.methods import checked
 from flapcli.planning.stage import plan
@@ -25,6 +33,7 @@ from flapcli.storage.atomic import atomic_file, remove_folder
 from flapcli.storage.hashing import sha256
 from flapcli.texts.corpus import default_text, source_sha256
 
+PUBLISHED: dict[str, Any] = {"metric": None, "structure": None, "attention_exponent": None}  # of baselines
 POINT_FORMAT = "flap-sweep-point/1"
 
 
@@ -32,6 +41,7 @@ POINT_FORMAT = "flap-sweep-point/1"
 class SweepOptions:
     """What is done: one calibration, and the same at every ratio. Without `keep` a pruned folder goes once measured.
 
+    `methods`: each of them at every ratio, in place of the plan's own; baselines as they are published.
     With `heal` what is measured was trained after the cut, where that made it better.
     """
 
@@ -41,7 +51,35 @@ class SweepOptions:
     apply: ApplyOptions = field(default_factory=ApplyOptions)
     evaluate: EvalOptions = field(default_factory=EvalOptions)
     keep: bool = False
+    methods: tuple[Method, ...] = ()
     heal: HealOptions | None = None
+
+    @property
+    def points(self) -> list["Point"]:
+        if not self.methods:
+            return [Point(None, ratio, replace(self.plan, ratio=ratio), self.apply) for ratio in self.ratios]
+        found = []
+        for method in self.methods:
+            own = method == self.plan.method
+            plan = self.plan if own else replace(self.plan, method=method, **PUBLISHED)
+            apply = self.apply if own else ApplyOptions(remote_code=self.apply.remote_code, dtype=self.apply.dtype)
+            found += [Point(method, ratio, replace(plan, ratio=ratio), apply) for ratio in self.ratios]
+        return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row to come: its method where several are compared, its ratio, and what is asked of plan and apply."""
+
+    method: Method | None
+    ratio: float
+    plan: PlanOptions
+    apply: ApplyOptions
+
+    @property
+    def name(self) -> str:
+        """Its folder below the sweep's, and what the user is told is done."""
+        return f"{self.method}/{self.ratio}" if self.method else str(self.ratio)
 
 
 @dataclass(frozen=True)
@@ -56,25 +94,24 @@ class _Job:
     force: bool
     progress: Progress
 
-    def folder(self, ratio: float) -> Path:
-        return self.run.path / "sweep" / str(ratio)
+    def folder(self, point: Point) -> Path:
+        return self.run.path / "sweep" / point.name
 
-    def plan(self, ratio: float) -> Plan:
-        out = self.folder(ratio) / "plan.yaml"
-        return plan(self.run.stats, out, replace(self.options.plan, ratio=ratio), self.force)[0]
+    def plan(self, point: Point) -> Plan:
+        return plan(self.run.stats, self.folder(point) / "plan.yaml", point.plan, self.force)[0]
 
     def evaluate(self, checkpoint: str, out: Path) -> EvalReport:
         options = self.options.evaluate
         return evaluate(checkpoint, out, options, None, self.hub, self.execution, self.force, self.progress)[0]
 
-    def point(self, ratio: float) -> EvalReport:
-        """Apply and measure one ratio, or take what was measured of the same; the folder stays or goes."""
-        folder = self.folder(ratio)
+    def measured(self, point: Point) -> EvalReport:
+        """Apply and measure one point, or take what was measured of the same; the folder stays or goes."""
+        folder = self.folder(point)
         pruned, evaluation = folder / "pruned", folder / "eval.json"
-        done = None if self.force else self._measured(folder)
+        done = None if self.force else self._found(folder, point)
         if done is None or self.options.keep:
-            inputs, options = ApplyInputs(model=self.model, hub=self.hub), self.options.apply
-            apply(folder / "plan.yaml", pruned, options, inputs, self.execution, self.force, self.progress)
+            inputs = ApplyInputs(model=self.model, hub=self.hub)
+            apply(folder / "plan.yaml", pruned, point.apply, inputs, self.execution, self.force, self.progress)
             healed = self._heal(folder) if done is None or Path(done.checkpoint).name == "healed" else None
         if done:
             self.progress.note(f"{evaluation}: up to date")
@@ -87,7 +124,7 @@ class _Job:
             if healed:
                 remove_folder(healed)
         with atomic_file(folder / "point.json") as scratch:
-            scratch.write_text(json.dumps(self._record(folder), indent=2) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps(self._record(folder, point), indent=2) + "\n", encoding="utf-8")
         return report
 
     def _heal(self, folder: Path) -> Path | None:
@@ -98,22 +135,22 @@ class _Job:
         made, _ = heal(folder / "pruned", out, self.options.heal, inputs, self.execution, self.force, self.progress)
         return out if made else None
 
-    def _measured(self, folder: Path) -> EvalReport | None:
+    def _found(self, folder: Path, point: Point) -> EvalReport | None:
         """The evaluation of a point, where point.json says that it is of what is asked now."""
         try:
             record = json.loads((folder / "point.json").read_bytes())
         except (OSError, ValueError):
             return None
         evaluation = folder / "eval.json"
-        return load_report(evaluation) if evaluation.exists() and record == self._record(folder) else None
+        return load_report(evaluation) if evaluation.exists() and record == self._record(folder, point) else None
 
-    def _record(self, folder: Path) -> dict[str, Any]:
+    def _record(self, folder: Path, point: Point) -> dict[str, Any]:
         """All that decides a point's figures, and their hash; the plan's stands for model, statistics and units."""
         options = self.options.evaluate
         record = {
             "format": POINT_FORMAT,
             "plan_sha256": sha256(folder / "plan.yaml"),
-            "apply": asdict(self.options.apply),
+            "apply": asdict(point.apply),
             "eval": asdict(options),
             "texts": {text: source_sha256(text) for text in options.perplexity},
             "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
@@ -141,7 +178,9 @@ def sweep(
     anything is calibrated; UnfinishedError, with the rows so far, where a later ratio fails.
     """
     before = SWEEP.find(run.sweep)  # refuses what is not flap's
-    checked(replace(options.plan, ratio=options.ratios[0]))
+    points = options.points
+    for first in points:
+        checked(first.plan)
     options.apply.check()
     check_options(options.evaluate, execution)
     if options.heal:
@@ -152,28 +191,26 @@ def sweep(
     texts = texts or (calibration_text(read.dataset, read.source_sha256, default_text(model), progress),)
     evaluation = replace(options.evaluate, perplexity=texts, baseline=False)
     job = _Job(run, model, hub, replace(options, evaluate=evaluation), execution, force, progress)
-    plans = {ratio: job.plan(ratio) for ratio in options.ratios}
+    plans = {point.name: job.plan(point) for point in points}
     dense = job.evaluate(model, run.path / "sweep" / "dense.json") if options.evaluate.baseline else None
     failed, failure = set(dense.all_failures) if dense else set(), None
     rows: list[Row] = []
-    for ratio, made in plans.items():
-        progress.note(f"ratio {ratio}")
+    for point in points:
+        progress.note(f"{point.method or 'ratio'} {point.ratio}")
         try:
-            report = job.point(ratio)
+            report = job.measured(point)
         except (Exception, KeyboardInterrupt) as error:
             if not rows:
                 raise
             failure = error
             break
         failed |= set(report.all_failures)
-        relative = {text: value / dense.perplexity[text] for text, value in report.perplexity.items()} if dense else {}
-        achieved, folder = made.ratio.achieved, f"sweep/{ratio}"
-        rows.append(Row(**_figures(report), ratio=ratio, achieved=achieved, relative=relative, folder=folder))
+        rows.append(_row(point, plans[point.name], report, dense))
     found = Sweep(
         model=header.model.name,
         fingerprint=header.model.fingerprint,
         stats_sha256=sha256(run.stats),
-        settings=_settings(job.options, plans[options.ratios[0]]),
+        settings=_settings(job.options, plans[points[0].name]),
         dense=Figures(**_figures(dense)) if dense else None,
         rows=rows,
         unfinished=told(failure) if failure else None,
@@ -185,8 +222,17 @@ def sweep(
 
 def _evaluated(run: RunDir, options: SweepOptions) -> EvalReport | None:
     """One of a former sweep's evaluations, which all have the same tasks."""
-    places = (run.path / "sweep" / name / "eval.json" for name in map(str, options.ratios))
+    places = (run.path / "sweep" / point.name / "eval.json" for point in options.points)
     return next(filter(None, map(EVAL.find, places)), None)
+
+
+def _row(point: Point, made: Plan, report: EvalReport, dense: EvalReport | None) -> Row:
+    relative = {text: value / dense.perplexity[text] for text, value in report.perplexity.items()} if dense else {}
+    figures, folder = _figures(report), f"sweep/{point.name}"
+    return Row(
+        **figures, ratio=point.ratio, achieved=made.ratio.achieved, relative=relative, folder=folder,
+        method=point.method,
+    )  # fmt: skip
 
 
 def _figures(report: Measurement) -> dict[str, Any]:
@@ -196,7 +242,6 @@ def _figures(report: Measurement) -> dict[str, Any]:
 def _settings(options: SweepOptions, plan: Plan) -> dict[str, Any]:
     """The options as asked, those that the method decides as they were decided."""
     chosen = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
-    found = {
-        "ratios": options.ratios, "plan": chosen, "apply": asdict(options.apply), "eval": asdict(options.evaluate)
-    }  # fmt: skip
+    asked = {"plan": chosen, "apply": asdict(options.apply), "eval": asdict(options.evaluate)}
+    found = {"ratios": options.ratios} | ({"methods": options.methods} if options.methods else {}) | asked
     return found | ({"heal": asdict(options.heal)} if options.heal else {})

@@ -22,8 +22,9 @@ BOUNDARY = tuple(f"cli.{name}" for name in COMMANDS)
 ROOMS = {
     "": "__main__",
     "cli": "app heal_command results run_command stages sweep_command estimate_command command misuse epilogs resolve "
-    "heal_options options help presets interrupts",
-    "views": "comparison_tables contents page compare plots tables commands eval_rows display terminal",
+    "values heal_options options help presets interrupts",
+    "views": "comparison_tables contents page page_settings compare plots svg tables paper_table commands eval_rows "
+    "display terminal",
     " ": "sweep",
     "calibration": "stage job in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from flapcli.artifacts.eval_report import Positive, Size
 from flapcli.artifacts.reuse import Kind, load_json, says_format
 from flapcli.storage.atomic import atomic_file
-from flapcli.storage.record import Record
+from flapcli.storage.record import Record, unsaid
 
 FORMAT: Literal["flap-sweep/1"] = "flap-sweep/1"
 
@@ -24,6 +24,7 @@ class Figures(Size):
 class Row(Figures):
     """One ratio: as asked, as the plan achieved it, and each text's perplexity over the dense model's.
 
+    `method` where several are compared.
     `folder`, relative to this file's, holds its plan and evaluation.
     """
 
@@ -31,10 +32,11 @@ class Row(Figures):
     achieved: float
     relative: dict[str, float]
     folder: str
+    method: str | None = unsaid()
 
 
 class Sweep(Record):
-    """Rows by rising ratio, the dense model beside them, and what they were made with.
+    """Rows by rising ratio (of each method), the dense model beside them, and what they were made with.
 
     `unfinished` says what stopped it where rows are missing.
     """
@@ -48,6 +50,16 @@ class Sweep(Record):
     rows: list[Row]
     unfinished: str | None = None
     versions: dict[str, str]
+
+    @property
+    def series(self) -> list[tuple[str, str, list[Row]]]:
+        """The lines of its picture: what each is called, its text, and its rows by rising ratio."""
+        methods = dict.fromkeys(row.method for row in self.rows)
+        return [
+            (", ".join(filter(None, (method, Path(text).name))), text, [r for r in self.rows if r.method == method])
+            for method in methods
+            for text in self.rows[0].perplexity
+        ]
 
     @model_validator(mode="after")
     def _same_texts(self) -> Self:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flapcli.checkpoints.hub_errors import why
-from flapcli.checkpoints.locate import WEIGHTS, Hub, weight_names
+from flapcli.checkpoints.locate import DEMO, WEIGHTS, Hub, weight_names
 from flapcli.errors import FlapError
 
 
@@ -14,7 +14,7 @@ def with_headers(name: str, hub: Hub, scratch: Path) -> str:
 
     Raises FlapError where neither is to be had; repositories of `.bin` files have no headers to read.
     """
-    if "/" not in name or Path(name).expanduser().exists() or name.startswith((".", "~", "/")):
+    if name == DEMO or Path(name).expanduser().exists() or name.startswith((".", "~", "/")) or name.endswith(".gguf"):
         return name
     from huggingface_hub import get_safetensors_metadata, snapshot_download
 
@@ -33,7 +33,7 @@ def with_headers(name: str, hub: Hub, scratch: Path) -> str:
             tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
             for tensor, info in metadata.tensors.items()
         }
-        hollow(scratch / file, tensors | {"__metadata__": dict(metadata.metadata or {})})
+        hollow(scratch / Path(file).name, tensors | {"__metadata__": dict(metadata.metadata or {})})
     return str(scratch)
 
 

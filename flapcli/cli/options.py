@@ -13,7 +13,6 @@ import typer
 
 from flapcli import __version__
 from flapcli.cli.help import COMMON, RARE
-from flapcli.errors import UsageError
 from flapcli.execution import settings as s
 from flapcli.storage.dtypes import Dtype, StoredDtype
 
@@ -152,6 +151,9 @@ TargetBiases = Annotated[bool | None, _in_plan(
     show_default="as apply adds them by default: for flap, not for baselines or --preset best")]
 Ratios = Annotated[str, _in_plan(help="Shares of the prunable weights to remove, separated by commas.")]
 
+Methods = Annotated[str | None, _in_plan(
+    help="Methods to compare at every ratio, separated by commas, in place of --method; baselines as published.")]
+
 
 @dataclass(frozen=True)
 class CompensationGroup:
@@ -276,33 +278,3 @@ class GenerateGroup:
     baseline: Annotated[bool, typer.Option(
         "--baseline/--no-baseline", help="Measure the dense model beside it.")] = True
 # fmt: on
-
-
-def windows(text: str, option: str, word: str) -> int | None:
-    """The number of windows that `option` gives; None for `word`. Raises UsageError for anything else."""
-    if text == word:
-        return None
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise UsageError(f"{option} {text}: give a number of windows, at least 1, or {word}")
-    return int(text)
-
-
-def ratios(text: str) -> tuple[float, ...]:
-    """`0.1,0.2` as (0.1, 0.2), ascending. Raises UsageError for anything but shares of at least 0 and less than 1."""
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or not all(0 <= ratio < 1 for ratio in found):
-        percent = all(1 < ratio < 100 for ratio in found)
-        hint = f"; did you mean {','.join(f'{ratio / 100:g}' for ratio in found)}?" if found and percent else ""
-        raise UsageError(f"--ratios {text}: give shares of at least 0 and less than 1, separated by commas{hint}")
-    return tuple(found)
-
-
-def numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
-    """`1,8` as (1, 8). Raises UsageError for anything but numbers of at least `least`."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
-        raise UsageError(f"{option} {text}: give numbers of at least {least}, separated by commas")
-    return tuple(int(part) for part in parts)

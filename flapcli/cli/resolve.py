@@ -6,6 +6,7 @@ from flapcli.architecture.flap_section import adds_bias
 from flapcli.architecture.shape import AttentionUnit
 from flapcli.checkpoints import DEMO, Hub
 from flapcli.cli import options as o
+from flapcli.cli import values
 from flapcli.cli.heal_options import HealGroup
 from flapcli.cli.presets import preset_of
 from flapcli.errors import UsageError, only_with
@@ -113,7 +114,7 @@ def resolve(asked: Asked) -> Stages:
             tuple(evaluation.perplexity or ()), windows.seqlen, asked.eval_dtype, evaluation.baseline,
             windows.text_column, expand(evaluation.tasks) if evaluation.tasks is not None else (),
             str(evaluation.include_path) if evaluation.include_path else None, evaluation.limit, asked.num_fewshot,
-            asked.speed, o.windows(evaluation.perplexity_windows, "--perplexity-windows", "all"),
+            asked.speed, values.windows(evaluation.perplexity_windows, "--perplexity-windows", "all"),
         ),
         HealOptions(
             None, asked.heal_tokens, asked.heal_minutes, windows.seqlen, calibration.seed, calibration.dtype,
@@ -133,14 +134,14 @@ def execution_of(
 ) -> Execution:
     """How models run. Raises UsageError for a --batch-size that is none."""
     return Execution(
-        group.device, o.windows(group.batch_size, "--batch-size", "auto"), threads, stream, scale.activation_memory,
-        scale.device_map, scale.rank_timeout, cache_requests,
+        group.device, values.windows(group.batch_size, "--batch-size", "auto"), threads, stream,
+        scale.activation_memory, scale.device_map, scale.rank_timeout, cache_requests,
     )  # fmt: skip
 
 
 def healing_of(group: HealGroup, windows: o.WindowGroup) -> HealOptions:
     """What `flap heal` is asked for. Raises UsageError for what can't be read."""
-    layers = o.numbers(group.hidden_layers, "--hidden-layers", least=0) if group.hidden_layers else ()
+    layers = values.numbers(group.hidden_layers, "--hidden-layers", least=0) if group.hidden_layers else ()
     return HealOptions(
         combined(group.dataset) if group.dataset else None, group.tokens, group.minutes, windows.seqlen, group.seed,
         group.dtype, windows.text_column, group.loss, layers, group.top_k, group.online, group.lora_rank, group.full,
@@ -149,7 +150,7 @@ def healing_of(group: HealGroup, windows: o.WindowGroup) -> HealOptions:
 
 
 def healing_execution_of(group: HealGroup, execution: o.ExecutionGroup) -> Execution:
-    batch_size = o.windows(execution.batch_size, "--batch-size", "auto")
+    batch_size = values.windows(execution.batch_size, "--batch-size", "auto")
     return Execution(
         execution.device, batch_size, device_map=group.device_map, rank_timeout=group.rank_timeout,
         checkpoint_activations=group.checkpoint_activations,
@@ -165,6 +166,6 @@ def speed_of(speed: bool, group: o.SpeedGroup, threads: int | None) -> SpeedOpti
     defaults = vars(o.SpeedGroup())
     given = {f"--{name.replace('_', '-')}": value != defaults[name] for name, value in vars(group).items()}
     only_with("--speed", speed, given)
-    sizes = o.numbers(group.speed_batch_sizes, "--speed-batch-sizes")
-    lengths = o.numbers(group.speed_lengths, "--speed-lengths")
+    sizes = values.numbers(group.speed_batch_sizes, "--speed-batch-sizes")
+    lengths = values.numbers(group.speed_lengths, "--speed-lengths")
     return SpeedOptions(sizes, lengths, group.speed_new_tokens, group.speed_rounds, threads) if speed else None

@@ -15,12 +15,13 @@ from flapcli.views.display import Display
 
 @command("report")
 def report(run_dir: o.Run = RUN, out: o.Out = None, compare: o.CompareRuns = None) -> None:
-    """Write one self-contained HTML page of a run -> DIR/report.html."""
+    """Write one self-contained HTML page of a run or a sweep -> DIR/report.html."""
     path = out or run_dir / "report.html"
     with Display("report"):
+        from flapcli.cli.presets import PRESETS
         from flapcli.views.page import write_page
 
-        write_page(run_dir, path, compare or [])
+        write_page(run_dir, path, compare or [], PRESETS["best"])
     terminal.note(f"{path}: written")
 
 

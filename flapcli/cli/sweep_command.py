@@ -1,8 +1,10 @@
 """`flap sweep`. What is heavy is imported inside."""
 
 from flapcli.cli import options as o
+from flapcli.cli import values
 from flapcli.cli.command import RUN, command, not_run, printing_unfinished, tell
 from flapcli.cli.heal_options import HealTokens
+from flapcli.views import terminal
 from flapcli.views.display import Display
 
 
@@ -11,6 +13,7 @@ def sweep(
     model: o.Model = "demo",
     run_dir: o.Run = RUN,
     ratios: o.Ratios = "0.1,0.2,0.3,0.5",
+    methods: o.Methods = None,
     keep: o.Keep = False,
     preset: o.Preset = "paper",
     *,
@@ -33,12 +36,12 @@ def sweep(
 
     Perplexity over size as a table and a plot, drawn to DIR/sweep/sweep.svg too. Interrupted, it goes on where it
     stopped. Each ratio's plan and evaluation stay in DIR/sweep/RATIO/. Calibrate keeps what metric and compensation
-    need, untold.
+    need, untold. With --methods the table of the paper, printed and as DIR/sweep/table.csv and table.tex.
     """
     from flapcli.execution.processes import refuse_several_processes
 
     refuse_several_processes()
-    wanted = o.ratios(ratios)
+    wanted, compared = values.ratios(ratios), values.methods(methods)
     with printing_unfinished(as_json), Display("sweep") as display:
         from flapcli import sweep as stage
         from flapcli.artifacts.run_dir import RunDir
@@ -51,14 +54,18 @@ def sweep(
         )  # fmt: skip
         stages = resolve(asked)
         options = stage.SweepOptions(
-            wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep, stages.heal
+            wanted, stages.calibrate, stages.plan, stages.apply, stages.evaluate, keep, compared, stages.heal
         )
         run, how = RunDir(run_dir), execution_of(execution, stream)
         made, failed = stage.sweep(run, model, options, hub_of(hub), how, force, display)
         display.doing("drawing")
+        from flapcli.views.paper_table import save_tables
         from flapcli.views.plots import save_sweep_picture
 
         save_sweep_picture(made, run_dir / "sweep" / "sweep.svg")
+        tables = save_tables(made, run_dir / "sweep") if compared else []
     tell(run.sweep, made, False, as_json, display.took)
+    for path in tables:
+        terminal.note(f"{path}: written")
     if failed:
         raise not_run(failed, run.sweep)

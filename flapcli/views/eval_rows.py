@@ -1,11 +1,16 @@
 """An evaluation in words and rows, for the terminal and the page alike. No torch."""
 
+from pathlib import Path
+
 from flapcli.artifacts.eval_report import EvalReport, Measurement, Spread
 from flapcli.artifacts.plan import Plan
+from flapcli.artifacts.sweep_results import Figures, Sweep
+from flapcli.artifacts.sweep_results import Row as Ratio
 from flapcli.evaluation.task_names import main_metric
 from flapcli.storage.dtypes import ITEM_SIZE
 
 Row = tuple[str, list[str]]
+DEAR = 1.25  # times the dense perplexity: past it a ratio is not recommended
 SMALL_BYTES = 2 * 10**9  # below this a CPU spends much of its time outside the matrix products
 
 
@@ -95,6 +100,57 @@ def story(report: EvalReport, plan: Plan) -> list[str]:
         unlike = f"{source}{megabytes(disk.bytes)}" if disk.stored_as != kind else ""
         lines.append(f"weights, both as {kind}, {megabytes(same)} -> {megabytes(now)}: {now / same - 1:+.1%}{unlike}")
     return lines
+
+
+def sweep_rows(sweep: Sweep) -> tuple[list[str], list[Row]]:
+    """Headings, and a row for the dense model and one a ratio: size, perplexities over the dense model's, tasks."""
+    models: list[Figures] = [*([sweep.dense] if sweep.dense else []), *sweep.rows]
+    texts = list(sweep.rows[0].perplexity)
+    averaged = any(row.task_average is not None for row in sweep.rows)
+    kind = sweep.rows[-1].stored_as
+    width = ITEM_SIZE.get(kind)  # like with like: a source may be quantised
+    columns = [
+        "ratio",
+        "parameters",
+        f"weights as {kind}" if width else "weights",
+        *(f"perplexity {Path(text).name}" for text in texts),
+    ]
+    rows: list[Row] = []
+    for model in models:
+        size = megabytes(model.parameters * width) if width else f"{megabytes(model.bytes)} {model.stored_as}"
+        cells = [f"{model.parameters:,}", size]
+        for text in texts:
+            over = model.relative.get(text) if isinstance(model, Ratio) else None
+            cells.append(f"{model.perplexity[text]:.2f}" + (f" ({over:.2f}x)" if over else ""))
+        cells += ["-" if model.task_average is None else f"{model.task_average:.4f}"] if averaged else []
+        name = " ".join(filter(None, (model.method, f"{model.ratio:g}"))) if isinstance(model, Ratio) else "dense"
+        rows.append((name, cells))
+    return [*columns, *(["average of tasks"] if averaged else [])], rows
+
+
+def recommendation(sweep: Sweep) -> str:
+    """The largest ratio that stays near the dense model on every text, in words."""
+    if not sweep.dense:
+        return "without the dense model's figures (--no-baseline) no ratio can be recommended"
+    tried = [row for row in sweep.rows if row.method == sweep.rows[0].method]
+    near = [row for row in tried if max(row.relative.values()) <= DEAR]
+    if near:
+        cost = max(near[-1].relative.values())
+        return (
+            f"recommended: {near[-1].ratio:g}, the largest ratio tried at which no perplexity is more than {DEAR:g} "
+            f"times the dense model's ({cost:.2f})"
+        )
+    least = min(tried, key=lambda row: max(row.relative.values()))
+    return (
+        f"no ratio tried keeps perplexity within {DEAR:g} times the dense model's; {least.ratio:g} comes nearest "
+        f"({max(least.relative.values()):.2f} times): try smaller ones, or --preset best"
+    )
+
+
+def sweep_words(sweep: Sweep) -> str:
+    """What the picture of a sweep shows."""
+    _, rows = sweep_rows(sweep)
+    return "Perplexity over parameters: " + "; ".join(f"{name}: {', '.join(cells)}" for name, cells in rows)
 
 
 def speed_lines(report: EvalReport) -> list[str]:

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a run: no network, no script. No torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader
 
@@ -12,64 +12,77 @@ from flapcli.artifacts.plan import Plan, load_plan
 from flapcli.artifacts.pruned_folder import PrunedFolder, found_pruned
 from flapcli.artifacts.reuse import refuse_other
 from flapcli.artifacts.run_dir import RunDir
-from flapcli.artifacts.stats import Stats, load_stats
+from flapcli.artifacts.stats import load_stats
+from flapcli.artifacts.sweep_results import load_sweep
 from flapcli.errors import FlapError
 from flapcli.storage.atomic import atomic_file
 from flapcli.storage.hashing import sha256
 from flapcli.views import plots
-from flapcli.views.commands import APPLY, apply_command, calibrate_command, eval_command, heal_command, plan_command
+from flapcli.views.commands import Preset, made_anew, sweep_anew
 from flapcli.views.compare import compare
-from flapcli.views.eval_rows import cost_rows, models_of, quality_rows, speed_lines
+from flapcli.views.eval_rows import (
+    cost_rows,
+    models_of,
+    quality_rows,
+    recommendation,
+    speed_lines,
+    sweep_rows,
+    sweep_words,
+)
+from flapcli.views.page_settings import settings_in_words
+from flapcli.views.svg import svg
 
 
-def write_page(run_dir: Path, out: Path, others: list[Path]) -> None:
-    """Write the page of a run folder to `out`, `others` compared with it.
+def write_page(run_dir: Path, out: Path, others: list[Path], best: Preset) -> None:
+    """Write the page of a run folder to `out`, `others` compared with it; `best` is what --preset best stands for.
 
-    Raises FlapError where the folder holds neither plan nor evaluation, or an artifact is broken.
+    Raises FlapError where the folder holds neither plan nor evaluation nor sweep, or an artifact is broken.
     """
     refuse_other(out, (b"<!doctype html",), "page of flap's")
     run = RunDir(run_dir)
     stats = load_stats(run.stats) if run.stats.exists() else None
     plan = load_plan(run.plan) if run.plan.exists() else None
     report = load_report(run.eval) if run.eval.exists() else None
-    if not (plan or report):
-        raise FlapError(f"{run_dir} holds neither plan.yaml nor eval.json: `flap run` makes them")
+    sweep = load_sweep(run.sweep) if run.sweep.exists() else None
+    if not (plan or report or sweep):
+        raise FlapError(f"{run_dir} holds neither plan.yaml nor eval.json nor sweep.json: `flap run` makes them")
     pruned = found_pruned(run.pruned)
     made_by = pruned.flap.made_by.model_dump() if pruned else None
     healed = _healed(run, pruned)
-    belong = bool(plan and stats and sha256(run.stats) == plan.stats.sha256)
-    name = plan.model.name if plan else report.checkpoint if report else ""
-    place = str(run_dir)
     measured = str(run.healed) if healed and report and Path(report.checkpoint).name == run.healed.name else None
-    commands = [
-        calibrate_command(stats.header, place) if stats else None,
-        plan_command(plan, place) if plan else None,
-        apply_command(made_by, place) if made_by else None,
-        heal_command(healed, place) if healed else None,
-        eval_command(report.settings, place, measured) if report else None,
-    ]
+    header, asked = (stats.header if stats else None), (report.settings if report else None)
+    belong = bool(plan and stats and sha256(run.stats) == plan.stats.sha256)
+    named = (plan and plan.model.name) or (sweep and sweep.model) or (report and report.checkpoint) or ""
     environment = Environment(loader=PackageLoader("flapcli.views", "."), autoescape=True, trim_blocks=True)
-    environment.globals |= {f.__name__: f for f in (models_of, quality_rows, cost_rows, number)}
+    environment.globals |= {f.__name__: f for f in (models_of, quality_rows, cost_rows, number, sweep_rows)}
     html = environment.get_template("page.html").render(
-        title=Path(name).name,
-        name=name,
+        title=Path(named).name,
+        name=named,
         version=__version__,
         warnings=_mismatches(run, plan, bool(stats) and not belong, made_by, report),
         tiles=_tiles(plan, report),
         plan=plan,
         layers=list(zip(plan.layers, *map(plan.counts, plan.present), strict=True)) if plan else [],
         titles=plots.TITLES,
-        kept=plots.svg(plots.kept_picture, plan),
-        scores=plots.svg(plots.score_picture, stats, plan) if belong else None,
+        kept=svg(plots.kept_picture, plan, alt="Which units of each layer stay; the table below has the counts."),
+        scores=svg(plots.score_picture, stats, plan, alt="Histograms of the units' scores, kept over removed.")
+        if belong
+        else None,
         healed=healed,
-        healing=plots.svg(plots.healing_picture, healed),
+        healing=svg(plots.healing_picture, healed, alt="Losses over tokens, trained on and held out; words say it."),
         report=report,
-        tasks=plots.svg(plots.task_picture, report),
-        speed=plots.svg(plots.speed_picture, report),
+        tasks=svg(plots.task_picture, report, alt="Scores of every task, dense beside pruned, as in the table above."),
+        speed=svg(plots.speed_picture, report, alt="Gain in speed over the dense model; the lines below say it."),
         speed_lines=speed_lines(report) if report else [],
+        sweep=sweep,
+        curve=svg(plots.sweep_picture, sweep, alt=sweep_words(sweep)) if sweep else None,
+        recommendation=recommendation(sweep) if sweep else "",
         comparison=compare([run_dir, *others]) if others else None,
-        settings=_settings(stats, plan, made_by, healed, report),
-        commands=commands,
+        settings=settings_in_words(header, plan, made_by, report, healed),
+        commands=[
+            *(made_anew(header, plan, made_by, asked, str(run_dir), best, healed, measured) if plan or report else ()),
+            *(sweep_anew(header, sweep, str(run_dir), best) if sweep else ()),
+        ],
     )
     with atomic_file(out) as scratch:
         scratch.write_text(html, encoding="utf-8")
@@ -112,53 +125,37 @@ def _mismatches(
     return found
 
 
-def _tiles(plan: Plan | None, report: EvalReport | None) -> list[tuple[str, str, str]]:
-    """Heading, figure and what it was before, for the top of the page."""
+class Tile(NamedTuple):
+    """A figure for the top of the page, what it is of, what it was before, and by how much it changed."""
+
+    heading: str
+    figure: str
+    before: str = ""
+    delta: str = ""
+
+
+def _tiles(plan: Plan | None, report: EvalReport | None) -> list[Tile]:
     tiles = []
     if plan:
-        tiles.append(("prunable weights removed", f"{plan.ratio.achieved:.2%}", f"asked {plan.ratio.requested:.2%}"))
-    if report:
-        dense = report.baseline
-        tiles.append(("parameters", f"{report.size.parameters:,}", f"dense {dense.size.parameters:,}" if dense else ""))
-        for text, value in report.perplexity.items():
-            before = f"dense {dense.perplexity[text]:.2f}" if dense and text in dense.perplexity else ""
-            tiles.append((f"perplexity {Path(text).name}", f"{value:.2f}", before))
-        if len(report.averaged_tasks) > 1:
-            before = f"dense {dense.task_average:.4f}" if dense and dense.task_average is not None else ""
-            tiles.append((f"average of {len(report.averaged_tasks)} tasks", number(report.task_average), before))
-        if report.speedup:
-            gain = report.speedup[0]
-            tiles.append(("decode speed", f"{gain.decode.median:.2f}x", f"possible {gain.decode_possible:.2f}x"))
+        asked = f"asked {plan.ratio.requested:.2%}"
+        tiles.append(Tile("prunable weights removed", f"{plan.ratio.achieved:.2%}", asked))
+    if not report:
+        return tiles
+    dense, size = report.baseline, report.size.parameters
+    tiles.append(
+        Tile("parameters", f"{size:,}", f"dense {dense.size.parameters:,}", f"{size / dense.size.parameters - 1:+.1%}")
+        if dense
+        else Tile("parameters", f"{size:,}")
+    )
+    for text, value in report.perplexity.items():
+        was = dense.perplexity.get(text) if dense else None
+        before, delta = (f"dense {was:.2f}", f"{value / was - 1:+.1%}") if was else ("", "")
+        tiles.append(Tile(f"perplexity {Path(text).name}", f"{value:.2f}", before, delta))
+    if len(report.averaged_tasks) > 1 and report.task_average is not None:
+        mean, was = report.task_average, dense.task_average if dense else None
+        before, delta = (f"dense {was:.4f}", f"{mean - was:+.4f}") if was is not None else ("", "")
+        tiles.append(Tile(f"average of {len(report.averaged_tasks)} tasks", number(mean), before, delta))
+    if report.speedup:
+        gain = report.speedup[0]
+        tiles.append(Tile("decode speed", f"{gain.decode.median:.2f}x", f"possible {gain.decode_possible:.2f}x"))
     return tiles
-
-
-def _settings(
-    stats: Stats | None,
-    plan: Plan | None,
-    made_by: dict[str, Any] | None,
-    healed: Healed | None,
-    report: EvalReport | None,
-) -> dict[str, dict[str, str]]:
-    """What was asked of every stage, and versions; long fingerprints cut short."""
-    found: dict[str, dict[str, Any]] = {}
-    if stats:
-        found["calibrate"] = stats.header.calibration.model_dump()
-    if plan:
-        found["plan"] = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
-    if made_by:
-        found["apply"] = {key: made_by[key] for key in ("version", *APPLY, "plan_sha256", "stats_sha256")}
-    if healed:
-        found["heal"] = healed.settings
-    if report:
-        found["eval"] = report.settings
-    found["versions"] = (stats.header.versions if stats else {}) | (report.versions if report else {})
-    return {stage: {key: _brief(value) for key, value in values.items()} for stage, values in found.items()}
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_brief(inner)}" for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_brief, value)) or "none"
-    text = "none" if value is None else str(value)
-    return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text

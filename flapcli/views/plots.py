@@ -1,9 +1,6 @@
 """The pictures of a run, drawn by matplotlib. No torch."""
 
-import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,36 +20,49 @@ from flapcli.errors import FlapError, UsageError
 from flapcli.evaluation.task_names import main_metric
 from flapcli.planning.scores import METRICS, UNIT_METRICS, standardise, unit_scores
 from flapcli.storage.atomic import atomic_file
-from flapcli.views.eval_rows import gains
+from flapcli.views.eval_rows import gains, sweep_words
+from flapcli.views.svg import DENSE, GONE, KEPT, LIMIT, REMOVED, STYLE, TIP, svg
 
-KEPT, GONE, DENSE, LIMIT = "#1f6f8b", "#dfe3e8", "#9aa3ad", "#c8553d"
 COLOURS = [KEPT, LIMIT, "#6a8d3a", "#8a5aa3"]  # of a sweep's texts
-CELLS = 64  # units a layer that are drawn one by one; more are drawn as a share
-# Text stays text, and equal runs give equal files.
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "flap", "font.size": 9.5, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"], "legend.frameon": False,
-}  # fmt: skip
+CELLS = 64  # units a layer that are drawn one by one, where no module has more; else all are drawn as counts
+UNITS = {"kv_group": "KV group", "query_head": "query head"}  # in words, where they are not
 TITLES = {"attention": "Attention", "mlp": "MLP", "shared_expert": "Shared expert", "experts": "Experts"}
 
 
-def kept_picture(plan: Plan) -> Figure:
-    """Layers from top to bottom, both modules side by side: which attention units stay, and what share of the MLP."""
-    figure = Figure(figsize=(4.8, max(2.2, 0.9 + 0.13 * len(plan.layers))), layout="constrained")
+def kept_picture(plan: Plan, titled: bool = False) -> Figure:
+    """Layers from top to bottom, the modules side by side: which units stay, or how many; a pointer shows the layer's.
+
+    `titled`: it says of which model and at which ratio.
+    """
+    figure = Figure(figsize=(4.8, max(2.2, 0.9 + 0.13 * len(plan.layers))))
+    figure.set_layout_engine("constrained", wspace=0.06)
     panels = figure.subplots(1, len(plan.present), sharey=True, squeeze=False)[0]
+    sizes = {module: [layer.module(module).of for layer in plan.layers] for module in plan.present}
+    few = max(map(max, sizes.values())) <= CELLS
     for axes, module in zip(panels, plan.present, strict=True):
-        units = [layer.module(module).of for layer in plan.layers]
-        if max(units) <= CELLS:
-            _cells(axes, plan, module, max(units))
-        else:
-            _shares(axes, plan, module)
-        kept, of = sum(plan.counts(module)), sum(units)
+        (_cells if few else _counts)(axes, plan, module, max(sizes[module]))
+        kept, of = sum(plan.counts(module)), sum(sizes[module])
+        unit = UNITS.get(plan.layers[0].module(module).unit, plan.layers[0].module(module).unit)
         axes.set_title(f"{TITLES[module]}: {kept / of:.0%} kept" if of else module)
+        axes.set_xlabel(unit if few else f"{unit}s kept")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(len(plan.layers) - 0.5, -0.5)
+    if titled:
+        figure.suptitle(f"{Path(plan.model.name).name}, {plan.ratio.achieved:.1%} of its prunable weights removed")
     return figure
+
+
+def _tips(plan: Plan, module: Module) -> list[str]:
+    """What a pointer shows of each layer's module."""
+    found = []
+    for layer in plan.layers:
+        part = layer.module(module)
+        unit, which = UNITS.get(part.unit, part.unit), part.keep or "none"
+        which = f" ({which})" if part.of <= CELLS else ""
+        count = plan.counts(module)[layer.index]
+        found.append(f"{TIP}layer {layer.index}: {count:,} of {part.of:,} {unit}s kept{which}")
+    return found
 
 
 def _cells(axes: Axes, plan: Plan, module: Module, width: int) -> None:
@@ -61,23 +71,24 @@ def _cells(axes: Axes, plan: Plan, module: Module, width: int) -> None:
     for index, layer in enumerate(plan.layers):
         grid[index, : layer.module(module).of] = 0
         grid[index, plan.kept(index, module)] = 1
+    tips = _tips(plan, module)
     for value, colour in ((0, GONE), (1, KEPT)):
         rows, columns = np.nonzero(grid == value)
-        axes.barh(rows, 0.86, left=columns - 0.43, height=0.8, color=colour)
+        bars = axes.barh(rows, 0.86, left=columns - 0.43, height=0.8, color=colour)
+        for bar, row in zip(bars, rows, strict=True):
+            bar.set_gid(tips[row])
     axes.set_xlim(-0.6, width - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(plan.layers[0].module(module).unit.replace("kv_group", "KV group"))
 
 
-def _shares(axes: Axes, plan: Plan, module: Module) -> None:
-    counts = np.array(plan.counts(module))
-    of = np.array([layer.module(module).of for layer in plan.layers])
-    rows = np.arange(len(counts))
-    axes.barh(rows, of, height=0.8, color=GONE)
-    axes.barh(rows, counts, height=0.8, color=KEPT)
-    axes.set_xlim(0, of.max())
+def _counts(axes: Axes, plan: Plan, module: Module, width: int) -> None:
+    """How many units a layer keeps, over how many there were."""
+    counts, rows = plan.counts(module), range(len(plan.layers))
+    for sizes, colour in (([layer.module(module).of for layer in plan.layers], GONE), (counts, KEPT)):
+        for bar, tip in zip(axes.barh(rows, sizes, height=0.8, color=colour), _tips(plan, module), strict=True):
+            bar.set_gid(tip)
+    axes.set_xlim(0, width)
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.set_xlabel(f"{plan.layers[0].module(module).unit}s kept (grey: removed)")
 
 
 def score_picture(stats: Stats, plan: Plan) -> Figure | None:
@@ -97,7 +108,7 @@ def score_picture(stats: Stats, plan: Plan) -> Figure | None:
             gone.append(np.delete(values, plan.kept(layer, module)))
         _histogram(axes, np.concatenate(kept), np.concatenate(gone))
         axes.set_title(TITLES[module])
-        axes.set_xlabel(f"{plan.metric}, standardised in its layer")
+    figure.supxlabel(f"{plan.metric} of a unit, standardised in its layer", fontsize=9.5)
     figure.axes[0].set_ylabel("units")
     figure.axes[-1].legend(loc="upper right")
     return figure
@@ -112,7 +123,7 @@ def _histogram(axes: Axes, kept: np.ndarray, gone: np.ndarray) -> None:
     low, high = values.min(), np.quantile(values, 0.99)
     bins = np.linspace(low, high if high > low else low + 1, 31)
     clipped = [np.clip(part, bins[0], bins[-1]) for part in (gone, kept)]
-    axes.hist(clipped, bins=bins.tolist(), stacked=True, color=["#b9c0c8", KEPT], label=["removed", "kept"])
+    axes.hist(clipped, bins=bins.tolist(), stacked=True, color=[REMOVED, KEPT], label=["removed", "kept"])
     if np.histogram(values, bins)[0].max() > 200:
         axes.set_yscale("symlog", linthresh=10)
 
@@ -134,6 +145,7 @@ def task_picture(report: EvalReport) -> Figure | None:
     axes.set_yticks(range(len(named)), [f"{task} ({metric})" for task, metric in named])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
+    axes.set_xlabel("share of answers, or another score")
     figure.legend(loc="outside lower right", ncols=2)
     return figure
 
@@ -174,20 +186,6 @@ def healing_picture(healed: Healed) -> Figure:
     return figure
 
 
-def svg(draw: Callable[..., Figure | None], *arguments: Any) -> str | None:
-    """What `draw` makes of its arguments as an <svg> element; None where one is None, or it makes nothing."""
-    if any(argument is None for argument in arguments):
-        return None
-    with rc_context(STYLE):
-        figure = draw(*arguments)
-        if figure is None:
-            return None
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def save_picture(source: Path, target: Path) -> None:
     """Draw what the plan at `source` (a run folder, a pruned folder or a plan) keeps into a .png or .svg file.
 
@@ -203,35 +201,51 @@ def save_picture(source: Path, target: Path) -> None:
     refuse_other(target, (b"\x89png",) if kind == "png" else (b"<?xml", b"<svg"), f".{kind} picture")
     undated = {"Date": None} if kind == "svg" else None  # so that equal plans give equal files
     with rc_context(STYLE), atomic_file(target) as scratch:
-        kept_picture(load_plan(existing)).savefig(scratch, format=kind, dpi=160, metadata=undated)
+        kept_picture(load_plan(existing), titled=True).savefig(scratch, format=kind, dpi=160, metadata=undated)
 
 
 def sweep_picture(sweep: Sweep) -> Figure:
-    """One line a text from the smallest model to the dense one, which is hollow; perplexity is logarithmic."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    """One line a text from the smallest model to the dense one, which is hollow; perplexity is logarithmic.
+
+    Ratios stand above the picture, where no line is, and further apart than two of them are wide.
+    """
+    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
     axes = figure.subplots()
-    for place, text in enumerate(sweep.rows[0].perplexity):
-        points = [(row.parameters, row.perplexity[text]) for row in sweep.rows]
+    for place, (name, text, rows) in enumerate(sweep.series):
+        points = [(row.parameters, row.perplexity[text]) for row in rows]
         colour = COLOURS[place % len(COLOURS)]
         whole = [(sweep.dense.parameters, sweep.dense.perplexity[text])] if sweep.dense else []
-        axes.plot(*zip(*(whole + points), strict=True), "-o", color=colour, label=Path(text).name, zorder=2)
+        axes.plot(*zip(*(whole + points), strict=True), "-o", color=colour, label=name, zorder=2)
         if whole:
-            axes.plot(*zip(*whole, strict=True), "o", color=colour, markerfacecolor="white", zorder=3)
-        for row, at in zip(sweep.rows, points, strict=True):
-            axes.annotate(f"{row.ratio}", at, (4, 4), textcoords="offset points", fontsize=7.5, color=DENSE)
+            axes.plot(*zip(*whole, strict=True), "o", color=colour, markerfacecolor="white", markersize=8, zorder=3)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:,.4g} M")
-    axes.set_xlabel("parameters (hollow: dense; small figures: ratio)")
+    axes.set_xlabel("parameters")
     axes.set_ylabel("perplexity")
+    named = {row.parameters: f"{row.ratio:g}" for row in sweep.rows}
+    above = axes.secondary_xaxis("top")
+    places = _apart((named | {sweep.dense.parameters: "dense"}) if sweep.dense else named)
+    above.set_xticks(list(places), list(places.values()))
+    above.set_xlabel("ratio")
+    above.spines["top"].set_visible(False)
     axes.legend()
     return figure
+
+
+def _apart(labels: dict[int, str]) -> dict[int, str]:
+    """The labels of an axis, from the largest place on, without those that would meet the one before."""
+    room, found = (max(labels) - min(labels)) / 11, dict[int, str]()
+    for place in sorted(labels, reverse=True):
+        if not found or min(found) - place >= room:
+            found[place] = labels[place]
+    return found
 
 
 def save_sweep_picture(sweep: Sweep, target: Path) -> None:
     """Write the picture as an SVG file. Raises FlapError where the file system refuses."""
     with atomic_file(target) as scratch:
-        scratch.write_text(svg(sweep_picture, sweep) or "", encoding="utf-8")
+        scratch.write_text(svg(sweep_picture, sweep, alt=sweep_words(sweep), on_page=False) or "", encoding="utf-8")

@@ -15,10 +15,21 @@ from flapcli.artifacts.plan import Plan, format_ranges
 from flapcli.artifacts.pruned_folder import PrunedFolder
 from flapcli.artifacts.self_text import SelfText
 from flapcli.artifacts.stats import StatsHeader
-from flapcli.artifacts.sweep_results import Figures, Row, Sweep
+from flapcli.artifacts.sweep_results import Sweep
 from flapcli.export.stage import ExportedGguf
 from flapcli.views.commands import next_commands
-from flapcli.views.eval_rows import cost_rows, gigabytes, megabytes, models_of, quality_rows, speed_lines, story
+from flapcli.views.eval_rows import (
+    cost_rows,
+    gigabytes,
+    megabytes,
+    models_of,
+    quality_rows,
+    recommendation,
+    speed_lines,
+    story,
+    sweep_rows,
+)
+from flapcli.views.paper_table import table as paper_table
 from flapcli.views.terminal import duration, out
 
 if TYPE_CHECKING:
@@ -26,7 +37,7 @@ if TYPE_CHECKING:
 
 BAR = 20  # characters
 WIDTH, HEIGHT, MARGIN = 60, 12, 10  # of the plot of a sweep and of its labels, in characters
-MARKS = "●◆▲■○◇△□"
+MARKS, WHOLE = "●◆▲■○◇△□", "D"
 
 
 def show_stats(header: StatsHeader) -> None:
@@ -236,39 +247,36 @@ def _bar(count: int, of: int) -> str:
 
 
 def show_sweep(sweep: Sweep) -> None:
-    """A row for the dense model and one a ratio: size, perplexities, over the dense model's in brackets; and a plot."""
-    models: list[Figures] = [*([sweep.dense] if sweep.dense else []), *sweep.rows]
-    texts = list(sweep.rows[0].perplexity)
-    columns = ["ratio", "parameters", "weights", *(f"perplexity {Path(text).name}" for text in texts)]
-    averaged = any(row.task_average is not None for row in sweep.rows)
-    columns += ["average of tasks"] if averaged else []
+    """A row for the dense model and one a ratio: size, perplexities, over the dense model's in brackets; and a plot.
+
+    Of several methods the paper's table, its own figures beside ours where there are some.
+    """
+    columns, rows = sweep_rows(sweep)
+    if sweep.rows[0].method:
+        columns, *lines = paper_table(sweep)
+        rows = [(name, cells) for name, *cells in lines]
     table = Table(*_right(*columns), title=f"sweep of {sweep.model}", title_justify="left")
-    for model in models:
-        cells = [f"{model.parameters:,}", f"{megabytes(model.bytes)} {model.stored_as}"]
-        cells += [_cell(model, text) for text in texts]
-        cells += ["-" if model.task_average is None else f"{model.task_average:.4f}"] if averaged else []
-        table.add_row(str(model.ratio) if isinstance(model, Row) else "dense", *cells)
+    for name, cells in rows:
+        table.add_row(name, *cells)
     out.print(table)
-    out.print(_plot(models, texts))
+    out.print(_plot(sweep))
+    out.print(Text(recommendation(sweep)), soft_wrap=True)
     if sweep.unfinished:
         out.print(Text(f"unfinished: {sweep.unfinished}"), soft_wrap=True)
 
 
-def _cell(row: Figures, text: str) -> str:
-    relative = f" ({row.relative[text]:.2f}x)" if isinstance(row, Row) and text in row.relative else ""
-    return f"{row.perplexity[text]:.2f}{relative}"
-
-
-def _plot(models: list[Figures], texts: list[str]) -> Text:
-    """Perplexity (logarithmic) over parameters, one mark a text; where two meet the later one shows."""
-    heights = [log10(model.perplexity[text]) for model in models for text in texts]
-    sizes = [model.parameters for model in models]
+def _plot(sweep: Sweep) -> Text:
+    """Perplexity (logarithmic) over parameters, one mark a text and method; where two meet the later one shows."""
+    series = list(zip(MARKS, sweep.series, strict=False))
+    points = [(row.parameters, row.perplexity[text], mark) for mark, (_, text, rows) in series for row in rows]
+    if dense := sweep.dense:
+        points += [(dense.parameters, value, WHOLE) for value in dense.perplexity.values()]
+    sizes, heights = [size for size, _, _ in points], [log10(value) for _, value, _ in points]
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
-    for mark, text in zip(MARKS, texts, strict=False):
-        for model in models:
-            x = _place(model.parameters, min(sizes), max(sizes), WIDTH)
-            y = _place(log10(model.perplexity[text]), min(heights), max(heights), HEIGHT)
-            grid[HEIGHT - 1 - y][x] = mark
+    for size, value, mark in points:
+        x = _place(size, min(sizes), max(sizes), WIDTH)
+        y = _place(log10(value), min(heights), max(heights), HEIGHT)
+        grid[HEIGHT - 1 - y][x] = mark
     ticks = {0: max(heights), HEIGHT // 2: (max(heights) + min(heights)) / 2, HEIGHT - 1: min(heights)}
     lines = ["perplexity over parameters"]
     for place, line in enumerate(grid):
@@ -277,7 +285,8 @@ def _plot(models: list[Figures], texts: list[str]) -> Text:
     lines.append(f"{'':>{MARGIN}} └{'─' * WIDTH}")
     low, high = f"{min(sizes):,}", f"{max(sizes):,}"
     lines.append(f"{'':>{MARGIN}}  {low}{high:>{WIDTH - len(low)}}")
-    lines.append(" " * (MARGIN + 2) + "   ".join(f"{m} {Path(t).name}" for m, t in zip(MARKS, texts, strict=False)))
+    marks = [*((mark, name) for mark, (name, _, _) in series), *([(WHOLE, "dense")] if dense else [])]
+    lines.append(" " * (MARGIN + 2) + "   ".join(f"{mark} {name}" for mark, name in marks))
     return Text("\n".join(lines), no_wrap=True)
 
 

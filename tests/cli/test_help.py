@@ -52,7 +52,7 @@ def test_options_of_run_stand_in_panels(flap, monkeypatch):
     assert re.findall(r"--[a-z-]+(?= [A-Z])", common) == [
         "--run-dir", "--preset", "--ratio", "--dataset", "--nsamples", "--perplexity"
     ]  # fmt: skip
-    assert text.rstrip().splitlines()[-1].startswith("    $ flap run ")
+    assert text.rstrip().splitlines()[-1].startswith("    $ ")
 
 
 @pytest.mark.parametrize("columns", [40, 80])

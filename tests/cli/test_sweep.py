@@ -1,5 +1,6 @@
 """One calibration, several ratios: rows equal those of separate runs, and nothing is done twice."""
 
+import csv
 import json
 import shutil
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ import pytest
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.sweep_results import load_sweep
 from flapcli.execution import device
+from flapcli.views.paper_table import table
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,25 @@ def test_it_is_shown_and_drawn(swept, flap):
     assert data == json.loads((run / "sweep.json").read_text())
     assert "sweep" in json.loads(flap("show", run, "--json").stdout)
     assert "sweep of" in flap("show", run).stdout
+
+
+def test_methods_make_the_papers_table(arguments, flap, tmp_path, text_file):
+    """Baselines as they are alone, the paper's figures where a column is of theirs; as CSV and LaTeX."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    said = flap("sweep", *arguments, "-d", run, "--methods", "flap,mag-sp")
+    rows = load_sweep(run / "sweep.json").rows
+    assert [(row.method, row.ratio) for row in rows] == [(m, r) for m in ("flap", "mag-sp") for r in (0.1, 0.3)]
+    flap("run", arguments[0], *arguments[3:], "-d", alone, "--ratio", 0.3, "--method", "mag-sp")
+    assert rows[-1].perplexity == json.loads((alone / "eval.json").read_text())["perplexity"]
+    lines = list(csv.reader((run / "sweep" / "table.csv").open()))
+    assert [line[1:3] for line in lines[1:]] == [["dense", "0"], *([row.method, f"{row.ratio:g}"] for row in rows)]
+    latex = (run / "sweep" / "table.tex").read_text()
+    assert latex.count(r"\\") == len(lines) and "topics.txt" in said.stdout and "◆ mag-sp" in said.stdout
+    sweep = load_sweep(run / "sweep.json")
+    named = [model.model_copy(update={"perplexity": {"wikitext2": 9.0}}) for model in sweep.rows]
+    beside = table(sweep.model_copy(update={"rows": named, "dense": None}))
+    assert ["LLaMA-7B (paper)", "wanda-sp", "0.5", "366.43"] in beside
+    assert "did you mean wanda-sp" in flap("sweep", *arguments, "-d", run, "--methods", "wanda", code=2).stderr
 
 
 def test_asked_again_nothing_is_measured(swept, arguments, flap, tmp_path):

@@ -13,10 +13,11 @@ from support.stages import contents
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
+from flapcli.cli.presets import PRESETS
 from flapcli.pruning.compensation import Centred, Means, least_squares, refit_errors, refit_on_means
 from flapcli.pruning.sequential_fit import ProjectionFit
 from flapcli.texts.corpus import calibration_windows
-from flapcli.views.commands import apply_command
+from flapcli.views.commands import apply_asked
 
 SMALL = ["--nsamples", "12", "--seqlen", "24", "--dtype", "float32", "--gram"]
 RIDGE = 0.3
@@ -348,9 +349,9 @@ def test_run_and_sweep_pass_it_on(tiny, flap, text_file, tmp_path):
     flap("run", *same, "-d", tmp_path / "run", "--ratio", 0.3, "--sequential", "--batch-size", 5)
     made_by = json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())["flap"]["made_by"]
     assert (made_by["sequential"], made_by["ridge"]) == (True, 0.3)
-    command = apply_command(made_by, str(tmp_path / "run"))
-    assert "--compensate lstsq --sequential" in command
-    assert "--ridge 0.3" in command
+    asked = apply_asked(made_by, None, PRESETS["best"]).options
+    assert (asked["compensate"], asked["sequential"]) == ("lstsq", True)
+    assert "ridge" not in asked  # which is what --sequential makes of it
     found = {}
     for option in ("--sequential", "--no-sequential"):
         flap("sweep", *same, "-d", tmp_path / "sweep", "--ratios", 0.3, option, "--batch-size", 5)
