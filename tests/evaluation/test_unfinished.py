@@ -107,8 +107,8 @@ def test_a_sweep_keeps_the_rows_that_are_there(tiny, flap, text_file, tmp_path, 
     failing(monkeypatch, measure, "window_losses", "never", None)
     from flapcli import sweep
 
-    point = sweep._Job.point
-    monkeypatch.setattr(sweep._Job, "point", lambda job, ratio: point(job, ratio) if ratio < 0.3 else 1 / 0)
+    measured = sweep._Job.measured
+    monkeypatch.setattr(sweep._Job, "measured", lambda job, p: measured(job, p) if p.ratio < 0.3 else 1 / 0)
     result = flap(*command, code=1)
     assert "ZeroDivisionError" in result.stderr.splitlines()[-1]
     assert "unfinished: ZeroDivisionError" in result.stdout
