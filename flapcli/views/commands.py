@@ -56,10 +56,9 @@ class Asked:
 
 
 def calibrate_asked(header: StatsHeader, best: Preset) -> Asked:
-    options: dict[str, Any] = header.settings | {
-        "revision": header.model.revision,
-        "attention_unit": header.model.attention_unit,
-    }
+    defaults = asdict(CalibrateOptions())
+    options: dict[str, Any] = {key: value for key, value in header.settings.items() if key in defaults}
+    options |= {"revision": header.model.revision, "attention_unit": header.model.attention_unit}
     mixture, default = Mixture.read(header.calibration.dataset), default_text(header.model.name)
     counts = dict(zip(mixture.sources, mixture.counts(header.calibration.nsamples), strict=True))
     texts = [source for source in mixture.sources if source != SELF]
@@ -70,7 +69,7 @@ def calibrate_asked(header: StatsHeader, best: Preset) -> Asked:
             named = texts
             options |= {"nsamples": counts[texts[0]], "gram": False, "fisher": False}
     options["dataset"] = None if named == [default] else named
-    return Asked.of("calibrate", options, asdict(CalibrateOptions()), is_best)
+    return Asked.of("calibrate", options, defaults, is_best)
 
 
 def plan_asked(plan: Plan, best: Preset) -> Asked:
@@ -180,7 +179,7 @@ def made_anew(
 
 def sweep_anew(header: StatsHeader | None, sweep: Sweep, run_dir: str, best: Preset) -> list[str]:
     """The `flap sweep` that made a sweep, once its statistics say of what; its texts are those that it tells."""
-    if header is None:
+    if header is None or "heal" in sweep.settings:  # whose options are too many to tell here
         return []
     ratios = ",".join(f"{ratio:g}" for ratio in sweep.settings["ratios"])
     plan = _units_asked(sweep.settings["plan"], None, best)
