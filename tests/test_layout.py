@@ -36,6 +36,7 @@ ROOMS = {
     "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
     "estimation": "estimate machine",
+    "serving": "__init__ vllm_models",
     "texts": "calibration_text sampling windows mixture corpus opening",
     "execution": "head hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "dense_model model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "

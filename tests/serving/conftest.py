@@ -16,10 +16,13 @@ def vllm(tmp_path_factory):
 
 @pytest.fixture
 def same_tokens(vllm):
-    """Asserts that vLLM's greedy tokens of a folder are transformers', or its refusal; a row of the table."""
+    """Asserts that vLLM's greedy tokens of a folder are transformers', or its refusal; returns what it answered.
 
-    def check(case, folder, prompts, expected, refused=None, **settings):
-        found = vllm.ask(folder, prompts, len(expected[0]), **settings)
+    Each is a row of the table.
+    """
+
+    def check(case, folder, prompts, expected, refused=None, engine=vllm, **settings):
+        found = engine.ask(folder, prompts, len(expected[0]), **settings)
         equal = sum(mine == theirs for mine, theirs in zip(found.get("tokens", []), expected, strict=False))
         said = f"{equal} of {len(expected)} prompts, {found['seconds'][0]:.0f} s to load" if equal else ""
         said = said or found.get("error", "none").replace("\n", " ")
@@ -27,6 +30,7 @@ def same_tokens(vllm):
             (case, found.get("served_by", "none"), said if len(said) < 200 else f"{said[:90]} ... {said[-90:]}")
         )
         assert (refused in found.get("error", "")) if refused else (equal == len(expected)), said
+        return found
 
     return check
 

@@ -7,6 +7,7 @@ import pytest
 from support.edits import edit_keep
 from support.families import FAMILY_CONFIGS, make_family
 from support.pruned import greedy, load_served
+from support.vllm import Engine
 
 pytestmark = pytest.mark.serving
 COUNT = 32  # tokens
@@ -55,12 +56,28 @@ def test_every_family(name, pruned, prompts, same_tokens):
     same_tokens(f"{name}, uneven, biases", folder, prompts, expected, refused=REFUSED.get(name))
 
 
-def test_emptied_modules(pruned, prompts, same_tokens, flap):
+def test_emptied_modules(pruned, prompts, same_tokens, flap, with_plugin):
     run = pruned("llama").parent
     edit_keep(run, (1, "attention"), (2, "mlp"))
     flap("apply", "-d", run)
     expected = greedy(load_served(run / "pruned"), prompts, COUNT)
     same_tokens("llama, an emptied attention, an emptied MLP", run / "pruned", prompts, expected)
+    same_tokens("the same, by the plugin", run / "pruned", prompts, expected, engine=with_plugin)
+
+
+@pytest.fixture(scope="module")
+def with_plugin(tmp_path_factory):
+    engine = Engine(tmp_path_factory.mktemp("plugin") / "log", "flap")
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_plugin_serves_by_vllms_own_layers(name, pruned, prompts, same_tokens, with_plugin):
+    folder = pruned(name)
+    expected = greedy(load_served(folder), prompts, COUNT)
+    found = same_tokens(f"{name}, uneven, biases, by the plugin", folder, prompts, expected, engine=with_plugin)
+    assert found["served_by"].startswith("Flap")
 
 
 def test_stock_qwen2_of_fewer_heads_is_not_for_vllms_own_class(pruned, prompts, same_tokens):

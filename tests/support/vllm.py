@@ -22,13 +22,16 @@ def vllm_python() -> Path:
 
 
 class Engine:
-    """A process of vllm_child.py, which loads one folder at a time; `log` takes what vLLM prints."""
+    """A process of vllm_child.py, which loads one folder at a time; `log` takes what vLLM prints.
 
-    def __init__(self, log: Path) -> None:
+    `plugins` are those that it loads, by default none.
+    """
+
+    def __init__(self, log: Path, plugins: str = "") -> None:
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [vllm_python(), "-P", Path(__file__).with_name("vllm_child.py")], env=_environment(),
+                [vllm_python(), "-P", Path(__file__).with_name("vllm_child.py")], env=_environment(plugins),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
             )  # fmt: skip
         self.version = self._answer()["version"]
@@ -55,10 +58,15 @@ def pipe(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-def _environment() -> dict[str, str]:
+def _environment(plugins: str = "") -> dict[str, str]:
     """Without the path that makes flap importable: what vLLM loads must stand alone."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    return kept | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return kept | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": plugins,
+    }
 
 
 def openai_server(folder: Path, log: Path) -> AbstractContextManager[str]:
