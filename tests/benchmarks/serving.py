@@ -1,4 +1,5 @@
-"""Decode speed in vLLM, in turns: the dense SmolLM2 by vLLM's own class and by transformers', and pruned ones.
+"""Decode speed in vLLM, in turns: the dense SmolLM2 by vLLM's own class and by transformers', and pruned ones, by
+transformers' and by the plugin's.
 
     FLAP_VLLM_PYTHON=V/bin/python python tests/benchmarks/serving.py [--rounds 5] [--ratios 0.2,0.5]
 
@@ -45,15 +46,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = folders(Path(scratch), options.ratios.split(","))
-        engine = Engine(Path(scratch) / "log")
+        engines = {plugins: Engine(Path(scratch) / f"log{plugins}", plugins) for plugins in ("", "flap")}
+        rows |= {f"{row}, by the plugin": folder for row, folder in rows.items() if row.startswith("pruned")}
         ids = load_tokenizer(rows["dense"][0])(PROMPT).input_ids
         speeds: dict[tuple[str, int], list[float]] = {(row, batch): [] for row in rows for batch in BATCHES}
         for batch in BATCHES * options.rounds:
             for row, (folder, settings) in rows.items():
+                engine = engines["flap" if "plugin" in row else ""]
                 found = engine.ask(folder, [ids] * batch, COUNT, turns=3, **settings)
                 assert "error" not in found, found["error"]
                 speeds[row, batch].append(batch * COUNT / min(found["seconds"][1:]))
-        engine.close()
+        for engine in engines.values():
+            engine.close()
     print(f"vLLM {engine.version}, float32, eager: tokens per second, and over the dense model in the same round")
     print("\n| | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |\n" + "|---" * (len(BATCHES) + 1) + "|")
     for row in rows:
