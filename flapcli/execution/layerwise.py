@@ -104,11 +104,14 @@ class LayerwiseModel:
     def run(self, layer: Layer, step: Step, advance: Advance | None = None) -> None:
         """Call `step` for all windows, batch by batch; it must take effect only when it returns (`Batches.run`)."""
 
-        self.batches.run(len(self.windows), lambda part: step(part, self.through(layer.index, part)), advance)
+        def of_batch(part: slice) -> None:
+            step(part, self.through(layer.index, part, layer.module))
 
-    def through(self, index: int, part: slice) -> Forward:
-        """What a layer, whose weights are there, makes of a batch's hidden states."""
-        module = self.model.get_submodule(self.checkpoint.family.layer.format(i=index))
+        self.batches.run(len(self.windows), of_batch, advance)
+
+    def through(self, index: int, part: slice, layer: torch.nn.Module | None = None) -> Forward:
+        """What a layer, the model's own with weights there or one in its place, makes of a batch's hidden states."""
+        module = layer or self.model.get_submodule(self.checkpoint.family.layer.format(i=index))
         args, kwargs = self._ends.arguments(index, self.tokens(part))
 
         def forward(states: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def run(whole, tmp_path):
         ("index: 0", f"index: {'9' * 5000}", "is not YAML"),
         ('of: 3, keep: "', 'of: 3, keep: "\u0661,', "neither an index nor a range"),
         ('of: 3, keep: "', 'of: 3, keep: "0-9999999,10000000-19999999,', "runs backwards or is too long"),
-        ("weights: ", "weights: -", "weights: Input should be greater than or equal to 0"),
+        ("weights: ", "weights: -", "weights: must be greater than or equal to 0"),
     ],
 )
 def test_plans(old, new, words, run, flap):
@@ -45,7 +45,7 @@ def test_sizes_in_statistics(value, run, flap):
     length = struct.unpack("<Q", data[:8])[0]
     head = data[8 : 8 + length].replace(b'\\"num_key_value_heads\\":3', f'\\"num_key_value_heads\\":{value}'.encode())
     path.write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length :])
-    assert "num_key_value_heads: Input should be" in flap("plan", "-d", run, code=1).stderr
+    assert "num_key_value_heads: must be" in flap("plan", "-d", run, code=1).stderr
 
 
 def test_a_sweep_without_rows_or_of_unlike_texts(run, flap):

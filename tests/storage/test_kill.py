@@ -77,12 +77,12 @@ def test_another_calibrations_checkpoint_is_not_gone_on_with(deep, text_file, tm
         args = ("--dataset", text_file, "--nsamples", 8, "--seqlen", 16, "--stream")
         return flap("calibrate", deep, "-d", tmp_path, *args, *more, code=code)
 
-    layer = ForwardPass._layer
+    through = ForwardPass._layer
 
-    def stop(self, index, *args):
-        if index == 5:
+    def stop(self, layer, *args):
+        if layer.index == 5:
             raise KeyboardInterrupt
-        layer(self, index, *args)
+        through(self, layer, *args)
 
     def interrupted(*more):
         monkeypatch.setattr(ForwardPass, "_layer", stop)
