@@ -12,7 +12,7 @@ from flapcli.texts.mixture import Mixture
 from flapcli.texts.opening import opens_as
 
 # How Fisher information is made (calibration/fisher.py), so that what was made in another way is made anew.
-FISHER_OF = "own labels, every 8th window"
+FISHER_OF = "own labels, every 8th window, 128 at least"
 
 
 @dataclass(frozen=True)
