@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from flapcli.execution.head import loss_and_gradient
+from flapcli.execution.head import drawn, loss_and_gradient
 from flapcli.execution.settings import fisher_windows
 
 
@@ -39,13 +39,6 @@ class Sample:
         """Which of them are in a batch of the rank's windows."""
         start, stop = np.searchsorted(self.places, [part.start, part.stop])
         return slice(int(start), int(stop))
-
-
-def drawn(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The first token of each row whose cumulated probability exceeds its number in [0, 1), (rows,)."""
-    cumulated = probabilities.cumsum(-1)
-    aim = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, aim, right=True)[:, 0].clamp_(max=cumulated.shape[-1] - 1)
 
 
 def gate_gradients(x: torch.Tensor, gradient: torch.Tensor, channels: int) -> torch.Tensor:

@@ -56,3 +56,10 @@ def loss_and_gradient(
     gradient = torch.zeros_like(states)
     gradient[:, start - 1 : -1] = torch.cat(found).view_as(gradient[:, start - 1 : -1])
     return sum(map(float, losses)), gradient
+
+
+def drawn(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The first token of each row whose cumulated probability exceeds its number in [0, 1), (rows,)."""
+    cumulated = probabilities.cumsum(-1)
+    aim = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, aim, right=True)[:, 0].clamp_(max=cumulated.shape[-1] - 1)

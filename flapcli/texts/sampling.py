@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
 from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import Batches
+from flapcli.execution.head import drawn
 from flapcli.execution.ranks import Ranks
 from flapcli.progress import Advance, Progress
 from flapcli.storage.resume import Pauses, Resume
@@ -30,13 +31,11 @@ class Draw(generation.LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        cumulated = torch.softmax(scores.cpu().float(), -1).double().cumsum(-1)
-        aim = self.numbers[:, self.step, None] * cumulated[:, -1:]
+        tokens = drawn(torch.softmax(scores.cpu().float(), -1).double(), self.numbers[:, self.step])
         self.step += 1
-        token = torch.searchsorted(cumulated, aim, right=True).clamp_(max=scores.shape[-1] - 1)
-        self.advance(len(token))
+        self.advance(len(tokens))
         only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(-1, token.to(scores.device), 0.0)  # type: ignore[return-value]
+        return only.scatter_(-1, tokens[:, None].to(scores.device), 0.0)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

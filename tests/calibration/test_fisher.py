@@ -16,8 +16,9 @@ from support.models import load_dense
 
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.stats import load_stats
-from flapcli.calibration.fisher import Sample, drawn, loss_gradient
+from flapcli.calibration.fisher import Sample, loss_gradient
 from flapcli.checkpoints import open_checkpoint
+from flapcli.execution.head import drawn
 from flapcli.progress import Silent
 
 
