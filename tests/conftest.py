@@ -7,9 +7,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each wou
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 from support.models import FEW, make_tiny
 from typer.testing import CliRunner, Result
 
@@ -22,6 +24,13 @@ def exact_figures() -> None:
     """Where a test asks for no type, models are measured in float32, whatever this machine's processor multiplies."""
     of_eval = Runtime.of_eval
     Runtime.of_eval = lambda how, dtype: of_eval(how, "float32" if dtype == "auto" else dtype)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting() -> None:
+    """What each of thousands of commands would do again: build all of them from their signatures, wait for the disk."""
+    typer.testing._get_command = cache(typer.main.get_command)
+    os.fsync = lambda _file: None
 
 
 @pytest.fixture(scope="session")
