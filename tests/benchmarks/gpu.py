@@ -74,7 +74,8 @@ def bare(folder: Path, device: torch.device, windows: int) -> Bare:
     warm = now(device)
     run(windows)
     took = now(device) - warm
-    return Bare(loaded - began, took / windows, torch.cuda.max_memory_reserved() if device.type == "cuda" else 0)
+    held = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    return Bare(loaded - began, took / windows, held)
 
 
 def copied(folder: Path) -> float:
