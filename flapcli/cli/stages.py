@@ -5,6 +5,7 @@ from typing import Annotated
 from flapcli.cli import options as o
 from flapcli.cli.command import RUN, command, not_run, printing_unfinished, tell
 from flapcli.errors import only_with
+from flapcli.execution.settings import Execution
 from flapcli.views.display import Display
 
 
@@ -86,24 +87,30 @@ def apply(
     mask_only: o.MaskOnly = False,
     dtype: o.StoreDtype = None,
     execution: o.ExecutionGroup,
+    rank_timeout: o.RankTimeout = Execution.rank_timeout,
     hub: o.HubGroup,
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> None:
     """Cut the checkpoint down to the plan, tensor by tensor -> DIR/pruned/.
 
-    --batch-size and --device are for --sequential, which runs in the type of the calibration.
+    --batch-size is for --sequential, which runs in the type of the calibration. Several processes share the solves of
+    --compensate lstsq: torchrun --nproc-per-node 2 -m flapcli apply ...
     """
+    from flapcli.execution.processes import is_writer
+
     path = out or run_dir / "pruned"
-    with Display("apply") as display:
+    with Display("apply", shown=is_writer()) as display:
         from flapcli.cli.resolve import Asked, execution_of, hub_of, resolve
         from flapcli.pruning import stage
 
         asked = Asked(preset=preset, compensation=compensation, mask_only=mask_only, store_dtype=dtype)
-        inputs, how = stage.ApplyInputs(stats, model, hub_of(hub)), execution_of(execution)
+        inputs, scale = stage.ApplyInputs(stats, model, hub_of(hub)), o.ScaleGroup(rank_timeout=rank_timeout)
+        how = execution_of(execution, scale=scale)
         plan = plan or run_dir / "plan.yaml"
         folder, cached = stage.apply(plan, path, resolve(asked).apply, inputs, how, force, display)
-    tell(path, folder, cached, as_json, display.took)
+    if is_writer():
+        tell(path, folder, cached, as_json, display.took)
 
 
 @command("eval")

@@ -18,7 +18,7 @@ def several_processes() -> bool:
 def refuse_several_processes() -> None:
     """Raise UsageError under torchrun, for commands whose stages would all run once for each process."""
     if several_processes():
-        raise UsageError("of all commands only calibrate and heal run under torchrun; the others take what they write")
+        raise UsageError("only calibrate, apply and heal run under torchrun; the other commands take what these write")
 
 
 def is_writer() -> bool:

@@ -1,7 +1,8 @@
-"""Several processes that share one calibration or healing, started by torchrun or with the same environment variables.
+"""Several processes that share one calibration, healing or apply, started by torchrun or with the same environment.
 
-Windows are spread over ranks, sums come back to rank 0 in rank order. Every rank shows the others that it
-lives by counting up in torch's store; one that stops for too long is named, so that nobody waits for it.
+Windows are spread over ranks, sums come back to rank 0 in rank order; solves are spread by layers, and lie in files.
+Every rank shows the others that it lives by counting up in torch's store; one that stops for too long is named, so that
+nobody waits for it.
 """
 
 import contextlib
@@ -234,3 +235,13 @@ class Ranks:
 
     def _me(self) -> str:
         return f"rank {self.rank} of {self.size}"
+
+
+def refuse_unlike(ranks: Ranks, mine: dict[str, Any], hint: str) -> None:
+    """Raise FlapError, which names what differs, where ranks are not at the same work; `hint` says what to do."""
+    first, *others = ranks.agree(mine)
+    for rank, theirs in enumerate(others, 1):
+        if unlike := [name for name in first if theirs[name] != first[name]]:
+            raise FlapError(
+                f"rank {rank} and rank 0 do not work on the same, they differ in: {', '.join(unlike)}; {hint}"
+            )

@@ -29,8 +29,12 @@ class StoredFits:
 
     def put(self, cut: ModuleCut, fit: Fit) -> None:
         tensors = {"weight": fit.weight.contiguous()} | ({} if fit.bias is None else {"bias": fit.bias.contiguous()})
+        told = [fit.before, fit.after, fit.raised, fit.whole, fit.added]
         with atomic_file(self._path(cut)) as scratch:
-            save_file(tensors, scratch, {"told": json.dumps([fit.before, fit.after, fit.raised])})
+            save_file(tensors, scratch, {"told": json.dumps(told)})
+
+    def holds(self, cut: ModuleCut) -> bool:
+        return self._path(cut).exists()
 
     def fit(self, _weight: torch.Tensor, cut: ModuleCut) -> Fit:
         with safe_open(self._path(cut), "pt") as file:

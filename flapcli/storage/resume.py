@@ -1,4 +1,4 @@
-"""What a killed calibration or healing leaves so that the next one goes on: a hidden folder beside the artifact."""
+"""What a killed run of a stage leaves so that the next one goes on: a hidden folder beside the artifact."""
 
 import hashlib
 import json
@@ -41,15 +41,15 @@ def key_of(facts: dict[str, Any], windows: bytes) -> str:
 
 
 class Resume:
-    """The folder `.NAME.resume/rank-R-of-N` beside the artifact NAME, for one process of one calibration or healing.
+    """The folder `.NAME.resume/rank-R-of-N` beside the artifact NAME, for one process; or one for all, by its own name.
 
     One of another key (other model, text, settings) is discarded. Made only when something is written, by who holds
     the place of the artifact.
     """
 
-    def __init__(self, out: Path, key: str, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, out: Path, key: str, rank: int = 0, ranks: int = 1, folder: str | None = None) -> None:
         self.parent = out.parent / f".{out.name}.resume"
-        self.folder = self.parent / f"rank-{rank}-of-{ranks}"
+        self.folder = self.parent / (folder or f"rank-{rank}-of-{ranks}")
         self.key = key
         if self.folder.exists() and not self.found:
             self._clear()

@@ -15,7 +15,7 @@ from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime
 from flapcli.execution.loading import load_model
-from flapcli.execution.ranks import Ranks
+from flapcli.execution.ranks import Ranks, refuse_unlike
 from flapcli.execution.settings import CalibrateOptions
 from flapcli.progress import Progress
 from flapcli.storage.dtypes import dtype_name
@@ -122,10 +122,5 @@ class CalibrationText:
 def refuse_unlike_ranks(ranks: Ranks, checkpoint: Checkpoint, windows: NDArray[np.int64], dtype: torch.dtype) -> None:
     """Raise FlapError where ranks would add up sums of unlike things."""
     mine = {"model": checkpoint.fingerprint, "text": windows_sha256(windows), "--dtype": dtype_name(dtype)}
-    first, *others = ranks.agree(mine)
-    for rank, theirs in enumerate(others, 1):
-        if unlike := [name for name in first if theirs[name] != first[name]]:
-            raise FlapError(
-                f"rank {rank} and rank 0 do not work on the same, they differ in: {', '.join(unlike)} (files, "
-                "versions of transformers, or what --dtype auto stands for): make them alike, or give --dtype"
-            )
+    hint = "make files and versions of transformers alike, and give --dtype where auto stands for another"
+    refuse_unlike(ranks, mine, hint)

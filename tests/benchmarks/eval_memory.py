@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from memory import MEASURED
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.timed_commands import MEASURED
 
 LOAD = "import torch\nx = torch.randn(1500, 1500)\nwhile True: x @ x"
 

@@ -8,109 +8,19 @@ model of Llama-2-70B's sizes would need by the same formulas. About 10 minutes o
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.models import tiny_tokenizer
+from support.generated import LLAMA_70B, TINYLLAMA, generate, specs
+from support.timed_commands import copy, flap
 
-from flapcli.checkpoints.shards import plan_shards, write_shards
-from flapcli.storage.safetensors_file import TensorSpec
-
-TINYLLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 32000,
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-    "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-LLAMA_70B = TINYLLAMA | {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-    "num_key_value_heads": 8, "head_dim": 128,
-}  # fmt: skip
 SEQLEN, BATCH_TOKENS = 128, 1024
 LIBRARIES = 100e6  # what commands load besides torch and transformers
-MEASURED = """
-import json, sys, time
-import torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from flapcli.cli.app import app
-
-def status(key):
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-
-imported = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-began, used = time.monotonic(), time.process_time()
-try:
-    app(sys.argv[1:])
-except SystemExit as end:
-    assert not end.code, end.code
-took, used = time.monotonic() - began, time.process_time() - used
-found = {"seconds": took, "processor": used, "bytes": status("VmHWM") - imported, "imports": imported}
-print(json.dumps(found), file=sys.stderr)
-"""
-
-
-def specs(config: dict) -> list[TensorSpec]:
-    """Tensors of a Llama, in the order they are stored."""
-    h, f, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q, kv, v = config["num_attention_heads"] * d, config["num_key_value_heads"] * d, config["vocab_size"]
-    made = {"model.embed_tokens": (v, h)}
-    for i in range(config["num_hidden_layers"]):
-        made |= {
-            f"model.layers.{i}.{name}": shape
-            for name, shape in {
-                "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
-                "self_attn.o_proj": (h, q), "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f),
-                "input_layernorm": (h,), "post_attention_layernorm": (h,),
-            }.items()
-        }  # fmt: skip
-    made |= {"model.norm": (h,), "lm_head": (v, h)}
-    return [TensorSpec(f"{name}.weight", shape, "BF16") for name, shape in made.items()]
-
-
-def generate(folder: Path, config: dict = TINYLLAMA) -> None:
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    shards = plan_shards(specs(config), 500_000_000)
-
-    def tensors():
-        for spec in (spec for shard in shards for spec in shard):
-            scale = 1 if len(spec.shape) == 1 else 0
-            yield spec.name, (torch.randn(spec.shape) * 0.02 + scale).bfloat16()
-
-    write_shards(folder, shards, tensors())
-    (folder / "config.json").write_text(json.dumps(config))
-    tiny_tokenizer().save_pretrained(folder)
-
-
-def flap(*arguments: object) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *(str(a) for a in arguments)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stderr.strip().splitlines()[-1])
-
-
-def copy(source: Path, target: Path) -> float:
-    """Seconds to copy the weight files' bytes to the same disk with fsync."""
-    target.mkdir()
-    began = time.monotonic()
-    for path in sorted(source.glob("*.safetensors")):
-        with path.open("rb") as read, (target / path.name).open("wb") as write:
-            while block := read.read(1 << 24):
-                write.write(block)
-            write.flush()
-            os.fsync(write.fileno())
-    return time.monotonic() - began
 
 
 def sizes(config: dict, nsamples: int) -> dict[str, float]:
@@ -156,7 +66,7 @@ def main() -> None:
 
 def measure(scratch: Path, nsamples: int, skip: bool) -> None:
     model = scratch / "model"
-    generate(model)
+    generate(model, TINYLLAMA)
     text = ["--dataset", "pydoc", "--nsamples", nsamples, "--seqlen", SEQLEN, "--dtype", "bfloat16"]
     by_formula = formula(sizes(TINYLLAMA, nsamples))
     stages = {"calibrate --stream": "--stream"} | ({} if skip else {"calibrate in memory": "--no-stream"})

@@ -12,15 +12,19 @@ not grow but by the formula. Needs 15 GB of disk.
 import argparse
 import platform
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from memory import LLAMA_70B, SEQLEN, flap, generate, sizes
+from memory import SEQLEN, sizes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.generated import LLAMA_70B, divided, generate
+from support.timed_commands import flap
 
 ONE = LLAMA_70B | {"num_hidden_layers": 1, "vocab_size": 512}
 SMALL = ONE | {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 1}
-HEADS = "num_attention_heads", "num_key_value_heads"
 RATIO, LAYERS, GROWTH = 0.2, 80, 1.1
 STAGES: dict[str, list[object]] = {
     "calibrate --stream --gram": ["calibrate", "MODEL", "--stream", "--gram", "--dataset", "pydoc", "--seqlen", SEQLEN],
@@ -106,7 +110,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Where model and runs lie [default: a temporary folder].")
     given = parser.parse_args()
     stages = list(STAGES)[: -1 if given.skip_sequential else None]
-    config = ONE | {key: ONE[key] // given.divide for key in ("hidden_size", "intermediate_size", *HEADS)}
+    config = divided(ONE, given.divide)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
     report_whole()
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:

@@ -1,9 +1,8 @@
-"""One calibration by several real gloo processes: the same statistics, one writer, and no hang when one dies."""
+"""One stage by several real gloo processes: the same artifact, one writer, and no hang when one dies."""
 
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.measured import assert_close
+from support.stages import contents
+from support.torchrun import ENVIRONMENT, free_port, torchrun
 
 from flapcli.artifacts.pruned_folder import load_pruned
 from flapcli.artifacts.stats import load_stats
@@ -20,13 +22,6 @@ from flapcli.errors import FlapError
 from flapcli.texts.calibration_text import refuse_unlike_ranks
 
 SUPPORT = Path(__file__).parents[1] / "support"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +54,6 @@ def ranks():
 def calibrate(model, text_file, run, nsamples=7):
     return ["calibrate", model, "-d", run, "--dataset", text_file, "--nsamples", nsamples, "--seqlen", 24,
             "--batch-size", 2, "--dtype", "float32", "--gram"]  # fmt: skip
-
-
-def assert_close(ours, theirs):
-    np.testing.assert_allclose(ours.influences, theirs.influences, rtol=1e-5)
-    for key, stats in theirs.modules.items():
-        found = ours.modules[key]
-        for name in ("variance", "square_mean", "weight_square_sum", "weight_abs_mean"):
-            np.testing.assert_allclose(getattr(found, name), getattr(stats, name), rtol=1e-5)
-        np.testing.assert_allclose(found.mean, stats.mean, rtol=1e-5, atol=1e-5 * np.sqrt(stats.variance).max())
-        gram = theirs.gram(*key)
-        np.testing.assert_allclose(ours.gram(*key), gram, rtol=1e-4, atol=1e-5 * gram.max())
 
 
 def test_ranks_heal_as_one_process_does(tiny, prune, ranks, text_file, tmp_path):
@@ -157,29 +141,23 @@ def test_ranks_give_the_fisher_information_of_one_process(ranks, mode, tiny, tex
     done = ranks(2, *calibrate(model, text_file, tmp_path / "two"), mode, "--fisher", "--gram")
     assert [code for code, _, _ in done] == [0, 0], done
     alone, two = (load_stats(tmp_path / run / "stats.safetensors") for run in ("alone", "two"))
+    assert alone.fisher and alone.elimination
     assert_close(two, alone)
-    for key, values in alone.fisher.items():
-        np.testing.assert_allclose(two.fisher[key], values, rtol=1e-4, atol=1e-6 * values.max())
-    for key, values in alone.elimination.items():
-        np.testing.assert_allclose(two.elimination[key], values, rtol=1e-3, atol=1e-5 * values.max())
 
 
 def test_torchrun(tiny, text_file, flap, tmp_path):
-    arguments = [str(a) for a in calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
-               "-m", "flapcli", *arguments]  # fmt: skip
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    arguments = calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")
+    done = torchrun(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("stats.safetensors: written") == 1
     flap(*calibrate(tiny("llama-gqa"), text_file, tmp_path / "alone"))
     assert_close(*(load_stats(tmp_path / run / "stats.safetensors") for run in ("run", "alone")))
-    again = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    again = torchrun(*arguments)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("up to date") == 1
 
 
-@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
-@pytest.mark.parametrize("dying", [0, 1])
+@pytest.mark.parametrize("mode,dying", [("--stream", 1), ("--no-stream", 0)])
 def test_a_dead_rank_is_named_and_the_next_run_goes_on(ranks, mode, dying, tiny, text_file, flap, tmp_path):
     model = tiny("llama-gqa")
     arguments = [*calibrate(model, text_file, tmp_path / "run", 12), mode, "--rank-timeout", 8]
@@ -187,11 +165,7 @@ def test_a_dead_rank_is_named_and_the_next_run_goes_on(ranks, mode, dying, tiny,
     done = ranks(3, *arguments, dying=dying, DIE_AFTER=3 if mode == "--stream" else 1)
     assert time.monotonic() - began < 60
     assert done[dying][0] == -9
-    for rank in {0, 1, 2} - {dying}:
-        code, _, err = done[rank]
-        assert code == 1, done
-        [line] = [line for line in err.splitlines() if line.startswith("error:")]
-        assert re.search(rf"rank {dying} .*(died|gave no sign of life)", line), line
+    assert_named(done, dying)
     assert not (tmp_path / "run" / "stats.safetensors").exists()
     done = ranks(3, *arguments)
     assert [code for code, _, _ in done] == [0, 0, 0], done
@@ -202,6 +176,60 @@ def test_a_dead_rank_is_named_and_the_next_run_goes_on(ranks, mode, dying, tiny,
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+def assert_named(done, dying):
+    """Every other rank ends with one line that names the dead one."""
+    for rank in {0, 1, 2} - {dying}:
+        code, _, err = done[rank]
+        assert code == 1, done
+        [line] = [line for line in err.splitlines() if line.startswith("error:")]
+        assert re.search(rf"rank {dying} .*(died|gave no sign of life)", line), line
+
+
+@pytest.fixture(scope="module")
+def apply(tiny, flap, text_file, tmp_path_factory):
+    """Arguments that apply by least squares into a folder, of one calibration and plan."""
+    run = tmp_path_factory.mktemp("planned")
+    flap(*calibrate(tiny("llama-gqa"), text_file, run))
+    flap("plan", "-d", run, "--ratio", 0.3)
+    return lambda out, *more: ["apply", "-d", run, "--compensate", "lstsq", "--out", out, *more]
+
+
+@pytest.mark.parametrize("more", [["--bias"], ["--sequential", "--no-bias"]])
+def test_solves_are_the_same_by_any_number_of_ranks(more, ranks, apply, tmp_path):
+    """Though one of three comes late."""
+    found = {}
+    for size in (1, 2, 3):
+        done = ranks(size, *apply(tmp_path / f"{size}" / "pruned", *more), dying=1, LATE=size // 3)
+        assert [code for code, _, _ in done] == [0] * size, done
+        assert [err.count(": written") for _, _, err in done] == [1] + [0] * (size - 1)
+        assert ("rank 0 alone goes on" in done[0][2]) == (size > 1 and more[0] == "--sequential")
+        assert [path.name for path in (tmp_path / f"{size}").iterdir()] == ["pruned"]
+        found[size] = contents(tmp_path / f"{size}" / "pruned", card=True)
+    assert found[1] == found[2] == found[3]
+    done = ranks(2, *apply(tmp_path / "2" / "pruned", *more))
+    assert [(code, err.count("up to date")) for code, _, err in done] == [(0, 1), (0, 0)]
+
+
+def test_a_rank_that_dies_while_it_solves_is_named_and_its_work_left_to_others(ranks, apply, tmp_path):
+    out = tmp_path / "pruned"
+    done = ranks(3, *apply(out, "--rank-timeout", 5), dying=1, DIE_AFTER=0)
+    assert done[1][0] == -9
+    assert_named(done, 1)
+    assert not out.exists()
+    done = ranks(2, *apply(out))
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert "going on: 5 of 6 solves are there" in done[0][2]
+    ranks(1, *apply(tmp_path / "alone" / "pruned"))
+    assert contents(out, card=True) == contents(tmp_path / "alone" / "pruned", card=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "alone"}
+
+
+def test_ranks_with_nothing_to_solve_wait_for_rank_0(ranks, apply, tmp_path):
+    done = ranks(2, *apply(tmp_path / "pruned")[:3], "--out", tmp_path / "pruned")
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert "--compensate bias has nothing to share: rank 0 works alone" in done[0][2]
+
+
 def test_torchrun_ends_with_a_line_that_names_the_dead_rank(tiny, text_file, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
@@ -210,11 +238,8 @@ def test_torchrun_ends_with_a_line_that_names_the_dead_rank(tiny, text_file, tmp
         "if os.environ['RANK'] == '1': forks.die_after(1)\n"
         "forks.app(sys.argv[1:])\n"
     )
-    arguments = [str(a) for a in calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
-               script, *arguments]  # fmt: skip
-    environment = os.environ | ENVIRONMENT | {"TESTS": str(SUPPORT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    arguments = calibrate(tiny("llama-gqa"), text_file, tmp_path / "run")
+    done = torchrun(*arguments, script=(script,), TESTS=str(SUPPORT))
     assert done.returncode == 1
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert re.search(r"rank 1 .* died", line), done.stderr
@@ -242,4 +267,4 @@ def test_a_rank_that_never_comes_is_named(ranks, present, tiny, text_file, tmp_p
 def test_other_commands_run_in_one_process(flap, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "only calibrate and heal run under torchrun" in flap("run", "demo", code=2).stderr
+    assert "only calibrate, apply and heal run under torchrun" in flap("run", "demo", code=2).stderr

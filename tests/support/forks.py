@@ -1,8 +1,9 @@
 """Starts commands of flap as forks of this process, so that only one process pays for the imports.
 
 As a program it starts groups of ranks. Reads jobs as JSON lines: `arguments` of flap, and `ranks`, a list of
-environments. Answers each with one JSON line, the exit code, stdout and stderr of every rank. DIE_AFTER (batches) in an
-environment makes that rank die by SIGKILL after so many, and FAIL by an error of its own.
+environments. Answers each with one JSON line, the exit code, stdout and stderr of every rank. DIE_AFTER in an
+environment makes that rank die by SIGKILL after so many batches, or solves, and FAIL by an error of its own; LATE has
+it begin so many seconds after the others.
 """
 
 import json
@@ -10,8 +11,11 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft  # noqa: F401
 import torch
@@ -23,10 +27,12 @@ import flapcli.calibration.job
 import flapcli.healing.distillation
 import flapcli.pruning.companions
 import flapcli.pruning.sequential
+import flapcli.pruning.shared_solves
 import flapcli.pruning.slicing  # noqa: F401
 from flapcli.calibration.recorder import Recorder
 from flapcli.cli.app import app
 from flapcli.errors import FlapError
+from flapcli.pruning.sequential_fit import StoredFits
 
 
 def start(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> int:
@@ -41,6 +47,7 @@ def start(arguments: list[str], environment: dict[str, str], out: Path, err: Pat
         signal.alarm(90)  # a rank that hangs ends, and fails its test
         os.environ.update(environment)
         torch.set_num_threads(1)
+        time.sleep(float(environment.get("LATE", 0)))
         if "DIE_AFTER" in environment:
             die_after(int(environment["DIE_AFTER"]))
         app(arguments)
@@ -58,18 +65,22 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def die_after(batches: int) -> None:
-    commit, left = Recorder.commit, [batches]
+def die_after(steps: int) -> None:
+    left = [steps]
 
-    def dying(self: Recorder) -> None:
-        commit(self)
-        left[0] -= 1
-        if left[0] < 0:
-            if "FAIL" in os.environ:
-                raise FlapError("this rank's own trouble")
-            os.kill(os.getpid(), signal.SIGKILL)
+    def dying(step: Callable[..., None]) -> Callable[..., None]:
+        def taken(*given: Any) -> None:
+            step(*given)
+            left[0] -= 1
+            if left[0] < 0:
+                if "FAIL" in os.environ:
+                    raise FlapError("this rank's own trouble")
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    Recorder.commit = dying  # type: ignore[method-assign]
+        return taken
+
+    Recorder.commit = dying(Recorder.commit)  # type: ignore[method-assign]
+    StoredFits.put = dying(StoredFits.put)  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -44,6 +44,22 @@ def assert_same(ours, theirs, gram=False):
             np.testing.assert_array_equal(ours.gram(*key), theirs.gram(*key))
 
 
+def assert_close(ours, theirs):
+    """Statistics up to float32's rounding; `theirs` decide what there is of Gram matrices and Fisher information."""
+    np.testing.assert_allclose(ours.influences, theirs.influences, rtol=1e-5)
+    for key, stats in theirs.modules.items():
+        found = ours.modules[key]
+        for name in ("variance", "square_mean", "weight_square_sum", "weight_abs_mean"):
+            np.testing.assert_allclose(getattr(found, name), getattr(stats, name), rtol=1e-5)
+        np.testing.assert_allclose(found.mean, stats.mean, rtol=1e-5, atol=1e-5 * np.sqrt(stats.variance).max())
+        gram = theirs.gram(*key)
+        np.testing.assert_allclose(ours.gram(*key), gram, rtol=1e-4, atol=1e-5 * gram.max())
+    for key, values in (theirs.fisher or {}).items():
+        np.testing.assert_allclose(ours.fisher[key], values, rtol=1e-4, atol=1e-6 * values.max())
+    for key, values in (theirs.elimination or {}).items():
+        np.testing.assert_allclose(ours.elimination[key], values, rtol=1e-3, atol=1e-5 * values.max())
+
+
 def calibrated(flap, model, text_file, run, *more):
     """Statistics with Fisher information."""
     flap("calibrate", model, "-d", run, "--dataset", text_file, *SMALL_FISHER, "--fisher", *more)
