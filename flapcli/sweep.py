@@ -151,7 +151,7 @@ class _Job:
             "format": POINT_FORMAT,
             "plan_sha256": sha256(folder / "plan.yaml"),
             "apply": asdict(point.apply),
-            "eval": asdict(options),
+            "eval": options.recorded(),
             "texts": {text: source_sha256(text) for text in options.perplexity},
             "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
             "device": self.execution.device,
@@ -242,6 +242,6 @@ def _figures(report: Measurement) -> dict[str, Any]:
 def _settings(options: SweepOptions, plan: Plan) -> dict[str, Any]:
     """The options as asked, those that the method decides as they were decided."""
     chosen = {"method": plan.method, "metric": plan.metric, "structure": plan.structure} | plan.settings
-    asked = {"plan": chosen, "apply": asdict(options.apply), "eval": asdict(options.evaluate)}
+    asked = {"plan": chosen, "apply": asdict(options.apply), "eval": options.evaluate.recorded()}
     found = {"ratios": options.ratios} | ({"methods": options.methods} if options.methods else {}) | asked
     return found | ({"heal": asdict(options.heal)} if options.heal else {})

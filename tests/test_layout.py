@@ -32,13 +32,13 @@ ROOMS = {
     "pruning": "stage trial companions per_layer sequential shared_solves sequential_fit slicing compensation "
     "covariance layout cut stock_form kept_layers",
     "healing": "stage distillation healed_folder budget work training training_state objective student teacher_cache "
-    "teacher healing_text healing_request forward divergence",
-    "evaluation": "generate stage measure peak_memory perplexity speed tasks task_names",
+    "teacher healing_text healing_request forward",
+    "evaluation": "generate stage measure peak_memory perplexity reference speed tasks task_names",
     "export": "stage gguf_writer kquants modelfile push tokenizer",
     "estimation": "estimate machine",
     "serving": "__init__ vllm_models",
     "texts": "calibration_text sampling windows mixture corpus opening",
-    "execution": "head hidden_states layerwise loading memory batches device processes ranks settings",
+    "execution": "head divergence hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "dense_model model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
     "stats_writer stats unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms tensor_file gguf gguf_layout gguf_header "

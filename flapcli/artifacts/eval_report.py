@@ -21,13 +21,25 @@ class Size(Record):
     stored_as: str
 
 
+class Divergence(Record):
+    """How far a model's next-token distributions q are from the dense model's p, over a text's predicted tokens.
+
+    `kl` is the mean of KL(p || q) = sum p (ln p - ln q), in nats a token, `standard_error` its own, from the spread of
+    the windows' means; `equal_tokens`, the share of tokens at whose place both models hold the same one likeliest.
+    """
+
+    kl: float
+    standard_error: float
+    equal_tokens: float
+
+
 class TextDetails(Record):
     """What a perplexity rests on, and its likes that do not depend on the tokenizer.
 
     `standard_error` is the perplexity's, from the spread of the windows' mean losses; `bits_per_byte` is over
     the UTF-8 bytes of the predicted tokens' text, which are `tokens` in number. `begins_with` are the special tokens
     that every window begins with, where the tokenizer has some; `of_windows`, how many the text has where not all were
-    read; `dtype`, what the model ran in.
+    read; `dtype`, what the model ran in; `divergence`, of a pruned model where that was asked for.
     """
 
     standard_error: float
@@ -38,6 +50,7 @@ class TextDetails(Record):
     begins_with: str | None = unsaid()
     of_windows: int | None = unsaid()
     dtype: str | None = unsaid()
+    divergence: Divergence | None = unsaid()
 
 
 class Spread(Record):

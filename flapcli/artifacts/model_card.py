@@ -56,7 +56,7 @@ def model_card(config: Mapping[str, Any], plan: Plan, report: EvalReport | None)
         f"# {Path(made_by.model.name).name.removesuffix('.gguf')}, {done} by flap",
         _summary(plan, flap),
         _table(plan, flap),
-        _figures(report) if report else "",
+        _figures(report) if report and report.perplexity else "",
         _loading(flap.modules is not None, families()[plan.model.family], config["model_type"] in wrappers()),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

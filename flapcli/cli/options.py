@@ -217,6 +217,9 @@ CacheRequests = Annotated[bool, _rare(
 EvalDtypeOfRun = Annotated[Dtype, _in_eval("--eval-dtype", help="What perplexity runs in; auto as --dtype.")]
 EvalDtype = Annotated[Dtype, _in_eval(
     "--dtype", help="What the models run in; auto: bfloat16 where the hardware has it.")]
+Divergence = Annotated[bool, _in_eval(
+    "--divergence", help="Beside perplexity, on the same windows: how far next-token distributions are from the dense "
+    "model's (Kullback-Leibler divergence, dense from pruned), and how many likeliest next tokens are the same.")]
 Speed = Annotated[bool, _in_eval("--speed/--no-speed", help="Time both models in turns; measure their memory.")]
 
 

@@ -51,6 +51,7 @@ class Asked:
     eval_dtype: Dtype = "auto"
     num_fewshot: int | None = None
     speed: SpeedOptions | None = None
+    divergence: bool = False
     lean: bool = False
     attention_unit: AttentionUnit | None = None
     heal_minutes: float | None = None
@@ -115,6 +116,7 @@ def resolve(asked: Asked) -> Stages:
             windows.text_column, expand(evaluation.tasks) if evaluation.tasks is not None else (),
             str(evaluation.include_path) if evaluation.include_path else None, evaluation.limit, asked.num_fewshot,
             asked.speed, values.windows(evaluation.perplexity_windows, "--perplexity-windows", "all"),
+            asked.divergence,
         ),
         HealOptions(
             None, asked.heal_tokens, asked.heal_minutes, windows.seqlen, calibration.seed, calibration.dtype,

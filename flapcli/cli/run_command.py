@@ -35,6 +35,7 @@ def run(
     windows: o.WindowGroup,
     evaluates: o.EvaluateInRun = True,
     evaluation: o.EvaluationGroup,
+    divergence: o.Divergence = False,
     speed: o.Speed = False,
     eval_dtype: o.EvalDtypeOfRun = "auto",
     execution: o.ExecutionGroup,
@@ -59,16 +60,15 @@ def run(
         stages = resolve(Asked(
             model, preset, windows, calibration, units, amount, store_dtype if amount.target_size else None, None,
             compensation, mask_only, store_dtype, evaluation, eval_dtype, speed=SpeedOptions() if speed else None,
-            attention_unit=attention_unit, heal_minutes=heal_minutes,
+            divergence=divergence, attention_unit=attention_unit, heal_minutes=heal_minutes,
         ))  # fmt: skip
         stages.check(how)
-        if mask_only:
-            _refuse_with_zeros(stages)
+        _refuse_with_zeros(mask_only, stages)
         check_not_source(RunDir(run_dir).pruned, model)
         if evaluates:
             check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
         else:
-            _refuse_of_eval(evaluation, speed)
+            _refuse_of_eval(evaluation, speed, divergence)
     with hold(RunDir(run_dir).stats):
         failed = _go(run_dir, model, stages, hub_of(hub), how, force, not as_json, evaluates)
     if as_json:
@@ -81,15 +81,16 @@ def run(
     terminal.note(f"all {COUNTS[len(_names(stages, evaluates))]} stages: {terminal.duration(display.took)}")
 
 
-def _refuse_of_eval(evaluation: o.EvaluationGroup, speed: bool) -> None:
+def _refuse_of_eval(evaluation: o.EvaluationGroup, speed: bool, divergence: bool) -> None:
     tasks, texts = evaluation.tasks is not None, bool(evaluation.perplexity)
-    only_with("--eval", False, {"--perplexity": texts, "--tasks": tasks, "--speed": speed})
+    given = {"--perplexity": texts, "--tasks": tasks, "--speed": speed, "--divergence": divergence}
+    only_with("--eval", False, given)
 
 
-def _refuse_with_zeros(stages: "Stages") -> None:
-    if stages.heal:
+def _refuse_with_zeros(mask_only: bool, stages: "Stages") -> None:
+    if mask_only and stages.heal:
         raise UsageError("--mask-only leaves zeros, which training would fill: leave out --heal-minutes")
-    if stages.plan.target:
+    if mask_only and stages.plan.target:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
 
 

@@ -122,6 +122,7 @@ def eval_(
     *,
     evaluation: o.EvaluationGroup,
     windows: o.WindowGroup,
+    divergence: o.Divergence = False,
     num_fewshot: o.NumFewshot = None,
     cache_requests: o.CacheRequests = False,
     speed: o.Speed = False,
@@ -143,7 +144,7 @@ def eval_(
 
         asked = Asked(
             windows=windows, evaluation=evaluation, eval_dtype=dtype, num_fewshot=num_fewshot,
-            speed=speed_of(speed, timing, threads),
+            speed=speed_of(speed, timing, threads), divergence=divergence,
         )  # fmt: skip
         how = execution_of(execution, stream, threads, cache_requests)
         options = resolve(asked).evaluate

@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from flapcli.artifacts.eval_report import TextDetails
+from flapcli.artifacts.eval_report import Divergence, TextDetails
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
+from flapcli.evaluation.reference import Beside
 from flapcli.execution.batches import STREAM, Batches, Within
 from flapcli.execution.device import Runtime
-from flapcli.execution.hidden_states import HiddenStates, ResidualStream
+from flapcli.execution.hidden_states import ResidualStream
 from flapcli.execution.layerwise import Forward, LayerwiseModel
-from flapcli.execution.memory import stay_in_memory
 from flapcli.progress import Progress
-from flapcli.storage.atomic import explain, require_space
+from flapcli.storage.atomic import explain
 from flapcli.storage.resume import Resume
 from flapcli.texts.opening import first_predicted, opening, opening_text
 
@@ -35,22 +35,26 @@ def window_losses(
     description: str = "perplexity",
     start: int = 1,
     layers: Sequence[torch.nn.Module] = (),
+    beside: Beside | None = None,
 ) -> NDArray[np.float64]:
     """Mean cross entropy of each of (n, seqlen) windows, (n,), in nats per predicted token: those from `start` on.
 
-    `layers`, the model's, tell how far each batch is. Every window is read on its own. Cross entropy in float32,
-    summed in float64. Raises FlapError where it is not finite.
+    `layers`, the model's, tell how far each batch is, and `beside` sees what the last one puts out. Every window is
+    read on its own. Cross entropy in float32, summed in float64. Raises FlapError where it is not finite.
     """
     sums = np.empty(len(windows))
 
     def step(part: slice) -> None:
         ids = torch.from_numpy(windows[part]).to(model.device)
-        sums[part] = loss_sums(model(input_ids=ids, use_cache=False).logits, ids, start)
+        logits = model(input_ids=ids, use_cache=False).logits
+        sums[part] = loss_sums(logits, ids, start)
+        if beside:
+            beside.take(part, within.states, logits)
 
     batches = Batches(windows.shape[1], model.device, batch_size, progress, instead=STREAM)
     task = progress.task(description, windows.size, "tokens")
-    with torch.inference_mode(), task as whole, Within(layers, whole) as advance:
-        batches.run(len(windows), step, advance)
+    with torch.inference_mode(), task as whole, Within(layers, whole) as within:
+        batches.run(len(windows), step, within)
     return mean_losses(sums, windows.shape[1] - start, description)
 
 
@@ -61,6 +65,7 @@ def streamed_losses(
     progress: Progress,
     description: str,
     start: int = 1,
+    beside: Beside | None = None,
 ) -> NDArray[np.float64]:
     """What `window_losses` returns, with one layer's weights in memory at a time, then the head's.
 
@@ -69,17 +74,18 @@ def streamed_losses(
     """
     layerwise = LayerwiseModel(checkpoint, windows, runtime, progress)
     device, num_layers = runtime.device, checkpoint.shape.num_layers
-    size = (*windows.shape, checkpoint.shape.hidden_size)
-    nbytes, files = math.prod(size) * runtime.dtype.itemsize, Resume(runtime.scratch, "perplexity")
-    in_memory, sums = stay_in_memory(nbytes), np.empty(len(windows))
-    require_space(runtime.scratch.parent, 0 if in_memory else 2 * nbytes)  # a layer's input and output
-    hidden = ResidualStream(HiddenStates(size, runtime.dtype, in_memory, files), device)
+    files, sums = Resume(runtime.scratch, "perplexity"), np.empty(len(windows))
+    hidden = ResidualStream.of(checkpoint, windows, runtime, files)
 
     def through(part: slice, forward: Forward) -> None:
         hidden.write(part, forward(hidden.read(part)))
 
     def read(part: slice, logits: Forward) -> None:
-        sums[part] = loss_sums(logits(hidden.read(part)), layerwise.tokens(part).to(device), start)
+        states = hidden.read(part)
+        made = logits(states)
+        sums[part] = loss_sums(made, layerwise.tokens(part).to(device), start)
+        if beside:
+            beside.take(part, states, made)
 
     total = windows.size * (num_layers + 2)
     try:
@@ -133,11 +139,12 @@ def details(
     tokenizer: "PreTrainedTokenizerBase",
     of_windows: int | None = None,
     dtype: str | None = None,
+    divergence: Divergence | None = None,
 ) -> TextDetails:
     """Standard error and bits per byte beside the perplexity of `windows`, (n, seqlen), with mean `losses`, (n,).
 
     METHOD.md, Perplexity says what they are; the standard error of one window is 0. The text has `of_windows`, the
-    model ran in `dtype`.
+    model ran in `dtype`, its `divergence` is that from the dense one.
     """
     count, predicted = len(losses), windows.shape[1] - first_predicted(tokenizer)
     error = losses.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
@@ -151,6 +158,7 @@ def details(
         begins_with=opening_text(tokenizer),
         of_windows=None if of_windows == count else of_windows,
         dtype=dtype,
+        divergence=divergence,
     )
 
 

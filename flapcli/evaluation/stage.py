@@ -4,7 +4,7 @@ Imports torch only to compute.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ def evaluate(
     options = replace(options, perplexity=options.perplexity or (_default_perplexity(checkpoint, progress),))
     dense = dense_of(checkpoint.made_by, model, hub) if options.baseline else None
     models = {"pruned": checkpoint, "dense": dense} if dense else {"model": checkpoint}
+    if options.divergence:
+        _check_comparable(checkpoint, dense)
     settings = _settings(options, models, execution.device)
     same = found is not None and not force and _tokenizers_of(settings) | found.settings == settings
     begun = found if found and same and _opens_as_measured(models, found) else None
@@ -119,11 +121,23 @@ def check_options(options: EvalOptions, execution: Execution) -> None:
         raise UsageError("--stream: tasks and speed need the whole model in memory; leave out --stream")
 
 
+def _check_comparable(checkpoint: Checkpoint, dense: Checkpoint | None) -> None:
+    """Raise FlapError where there is no dense model that the predictions of `checkpoint` could be held against."""
+    if dense is None:
+        raise FlapError(
+            f"--divergence: {checkpoint.name} does not say of which model it was made: name the dense one by --model"
+        )
+    if (ours := checkpoint.vocabulary) != (theirs := dense.vocabulary):
+        raise FlapError(
+            f"--divergence: {checkpoint.name} predicts {ours:,} tokens and {dense.name} {theirs:,}: leave it out"
+        )
+
+
 def _settings(options: EvalOptions, models: dict[str, Checkpoint], device: str) -> dict[str, Any]:
     """All that decides the figures, as eval.json keeps it."""
     fingerprints = [checkpoint.fingerprint for checkpoint in models.values()]
     chats = any(map(may_hold_chats, options.perplexity))
-    return json.loads(json.dumps(asdict(options))) | {
+    return json.loads(json.dumps(options.recorded())) | {
         "task_files": task_files_sha256(Path(options.include_path)) if options.include_path else None,
         "texts": {text: source_sha256(text) for text in options.perplexity},
         "fingerprint": fingerprints[0],
@@ -180,7 +194,8 @@ def _measure(
 ) -> list[Speedup]:
     """Put into `measured` what each model's figures lack; returns the pruned one's gains in speed."""
     progress.doing(IMPORTING)
-    from flapcli.evaluation.measure import measure_model
+    from flapcli.evaluation.measure import Measuring
+    from flapcli.evaluation.reference import References
     from flapcli.evaluation.speed import check_lengths
     from flapcli.execution.device import Runtime
 
@@ -193,8 +208,19 @@ def _measure(
 
         manager = manager or task_manager(options.tasks, options.include_path)
         tasks = Tasks(options, manager, execution.cache_requests, rewrite_cache).load(progress)
-    for label, checkpoint in models.items():
-        measure_model(measured[label], checkpoint, label, options, tasks, execution.stream, runtime, progress)
+    lacking = {
+        label: [text for text in options.perplexity if text not in each.perplexity] for label, each in measured.items()
+    }
+    labels = list(models)
+    if options.divergence:  # the dense model goes first, and is read again where the pruned one was cut short
+        labels.reverse()
+        lacking["dense"] = list(dict.fromkeys([*lacking["dense"], *lacking["pruned"]]))
+    with References(runtime) as references:
+        measuring = Measuring(
+            options, tasks, execution.stream, runtime, progress, references if options.divergence else None
+        )
+        for label in labels:
+            measuring.measure(measured[label], models[label], label, lacking[label])
     if not options.speed or all(each.speed for each in measured.values()):
         return []
     return _add_speed(measured, models, options.speed, runtime, progress)

@@ -68,7 +68,10 @@ class Within:
     """An `Advance` of batches that moves within each too, as layer after layer is through.
 
     A large model's batch takes minutes. What a batch that ran out of memory had told is made good by the next one.
+    `states` is what the layer that ran last put out, (batch, seqlen, hidden_size).
     """
+
+    states: torch.Tensor
 
     def __init__(self, layers: Sequence[torch.nn.Module], advance: Advance) -> None:
         self.advance, self.parts, self.ahead = advance, len(layers), 0
@@ -86,8 +89,8 @@ class Within:
             hook.remove()
 
     def _through(self, _layer: torch.nn.Module, _given: object, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        share = states.shape[:-1].numel() // self.parts
+        self.states = output[0] if isinstance(output, tuple) else output
+        share = self.states.shape[:-1].numel() // self.parts
         self.ahead += share
         self.advance(share)
 

@@ -1,14 +1,19 @@
 """Hidden states of all windows between two layers, or their gradient: in memory or in files, saved layer by layer."""
 
+import math
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from flapcli.checkpoints import Checkpoint
 from flapcli.checkpoints.shards import raw_bytes
-from flapcli.storage.atomic import atomic_file
+from flapcli.execution.device import Runtime
+from flapcli.execution.memory import stay_in_memory
+from flapcli.storage.atomic import atomic_file, require_space
 from flapcli.storage.resume import Resume
 from flapcli.storage.safetensors_file import read_into
 
@@ -111,6 +116,26 @@ class ResidualStream:
 
     def __init__(self, hidden: HiddenStates, device: torch.device) -> None:
         self.hidden, self.device, self._turns = hidden, device, 0
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        windows: NDArray[np.int64],
+        runtime: Runtime,
+        files: Resume,
+        name: str = "hidden",
+        at_once: int = 2,
+    ) -> Self:
+        """Of `windows` (n, seqlen): in RAM or, where that is short, in files, of which there are so many `at_once`.
+
+        Raises FlapError where the disk has no room for these.
+        """
+        size = (*windows.shape, checkpoint.shape.hidden_size)
+        nbytes = math.prod(size) * runtime.dtype.itemsize
+        in_memory = stay_in_memory(nbytes)
+        require_space(files.parent.parent, 0 if in_memory else at_once * nbytes)
+        return cls(HiddenStates(size, runtime.dtype, in_memory, files, name), runtime.device)
 
     def read(self, part: slice) -> torch.Tensor:
         return self.hidden.read(part).to(self.device)

@@ -122,13 +122,20 @@ class LayerwiseModel:
 
     def head(self, step: Step, advance: Advance | None = None) -> None:
         """Call `step` for all windows with what makes logits of the last layer's output: final norm and head."""
-        self._ends.learn(self.tokens(slice(0, 1)))
         self.batches.run(len(self.windows), lambda part: step(part, self.logits), advance)
-        self._ends.unload()
+        self.unload()
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """What final norm and head make of the last layer's output, (batch, seqlen, vocab_size)."""
+        """What final norm and head make of the last layer's output, (batch, seqlen, vocab_size).
+
+        Their weights are there from the first call on until `unload`.
+        """
+        self._ends.learn(self.tokens(slice(0, 1)))
         return self._ends.logits(states)
+
+    def unload(self) -> None:
+        """Give the memory of embeddings and head back."""
+        self._ends.unload()
 
     def _read(self, index: int, with_norms: bool) -> tuple[Weights, Norms]:
         """A layer's weights by name within it, in the dtype the model runs in; norms are of what is stored."""

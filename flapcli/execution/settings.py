@@ -5,8 +5,8 @@ no result beyond rounding is in `Execution`.
 """
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from flapcli.architecture.shape import AttentionUnit
 from flapcli.errors import UsageError, only_with
@@ -148,14 +148,21 @@ class EvalOptions:
     num_fewshot: int | None = None
     speed: SpeedOptions | None = None
     perplexity_windows: int | None = 256
+    divergence: bool = False
 
     def check(self) -> None:
         """Raise UsageError for what no model could be measured by, and for options that do nothing."""
         if self.seqlen < 2:
             raise UsageError("--seqlen must be at least 2")
+        if self.divergence and not self.baseline:
+            raise UsageError("--divergence is from the dense model, which --no-baseline leaves out: give one of them")
         own = ("limit", "num_fewshot", "include_path")
         given = {f"--{name.replace('_', '-')}": getattr(self, name) is not None for name in own}
         only_with("--tasks", bool(self.tasks), given)
+
+    def recorded(self) -> dict[str, Any]:
+        """As artifacts keep it: where no divergence is asked for, as they were before there was one."""
+        return {name: value for name, value in asdict(self).items() if value or name != "divergence"}
 
 
 @dataclass(frozen=True)

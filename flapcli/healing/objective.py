@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flapcli.execution.divergence import state_loss, token_losses
 from flapcli.execution.head import loss_and_gradient, parts_of, predicting
 from flapcli.execution.settings import Loss
-from flapcli.healing.divergence import state_loss, token_losses
 from flapcli.healing.healing_text import HealingText
 from flapcli.healing.student import Student
 from flapcli.healing.teacher import Targets, Teacher

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import torch
 
+from flapcli.execution.divergence import Likeliest
 from flapcli.execution.head import predicting
-from flapcli.healing.divergence import Likeliest
 from flapcli.healing.forward import Forward
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flapcli.checkpoints.shards import raw_bytes
 from flapcli.errors import FlapError
 from flapcli.execution.batches import Batches
-from flapcli.healing.divergence import Likeliest
+from flapcli.execution.divergence import Likeliest
 from flapcli.healing.teacher import OnlineTeacher, Targets
 from flapcli.progress import Progress
 from flapcli.storage.atomic import explain, move_file, require_space

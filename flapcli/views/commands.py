@@ -125,7 +125,7 @@ def heal_asked(healed: Healed) -> Asked:
 
 
 def eval_asked(settings: Mapping[str, Any], header: StatsHeader | None) -> Asked:
-    keys = ("perplexity", "include_path", "limit", "num_fewshot", "seqlen", "dtype", "text_column")
+    keys = ("perplexity", "include_path", "limit", "num_fewshot", "seqlen", "dtype", "text_column", "divergence")
     options: dict[str, Any] = {key: settings.get(key) for key in keys}
     options |= {
         "tasks": ",".join(settings.get("tasks") or []) or None,

@@ -75,8 +75,11 @@ def _figures(report: Measurement) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": report.size.parameters, "bytes on disk": report.size.bytes}
     for text, value in report.perplexity.items():
         found[f"perplexity {text}"] = value
-        if text in report.perplexity_details:
-            found[f"bits per byte {text}"] = report.perplexity_details[text].bits_per_byte
+        if details := report.perplexity_details.get(text):
+            found[f"bits per byte {text}"] = details.bits_per_byte
+            if details.divergence:
+                found[f"divergence {text}"] = details.divergence.kl
+                found[f"equal next tokens {text}"] = details.divergence.equal_tokens
     for task, metrics in report.tasks.items():
         for metric in shown_metrics(task, metrics):
             found[f"{task} {metric}"] = metrics[metric]

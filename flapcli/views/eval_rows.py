@@ -22,7 +22,7 @@ def models_of(report: EvalReport) -> dict[str, Measurement]:
 
 
 def quality_rows(report: EvalReport) -> list[Row]:
-    """Perplexity and bits per byte of every text, then tasks, with standard errors, one cell a model."""
+    """Perplexity, bits per byte and divergence of every text, then tasks, with standard errors, one cell a model."""
     models = list(models_of(report).values())
     rows: list[Row] = []
     for text in report.perplexity:
@@ -32,6 +32,7 @@ def quality_rows(report: EvalReport) -> list[Row]:
         if all(text in m.perplexity_details for m in models):
             bits = [f"{m.perplexity_details[text].bits_per_byte:.3f}" for m in models]
             rows.append((f"bits per byte {text}", bits))
+        rows += _divergence_rows(models, text)
     ran = [{d.dtype for d in m.perplexity_details.values() if d.dtype} for m in models]
     if all(ran):
         rows.append(("run in", [", ".join(sorted(found)) for found in ran]))
@@ -42,6 +43,16 @@ def quality_rows(report: EvalReport) -> list[Row]:
         means = ["-" if m.task_average is None else f"{m.task_average:.4f}" for m in models]
         rows.append((f"average of {counted} tasks", means))
     return rows
+
+
+def _divergence_rows(models: list[Measurement], text: str) -> list[Row]:
+    """How far each model is from the dense one on a text, where that was measured of one."""
+    found = [details.divergence if (details := m.perplexity_details.get(text)) else None for m in models]
+    if not any(found):
+        return []
+    apart = [f"{each.kl:.4f} ± {each.standard_error:.4f}" if each else "-" for each in found]
+    equal = [f"{each.equal_tokens:.1%}" if each else "-" for each in found]
+    return [(f"divergence, nats a token {text}", apart), (f"equal next tokens {text}", equal)]
 
 
 def cost_rows(report: EvalReport) -> list[Row]:

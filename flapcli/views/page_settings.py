@@ -22,6 +22,7 @@ WORDS = {
     "mask_only": "zeroed in place", "remote_code": "remote code", "max_shard_size": "largest file",
     "perplexity": "perplexity on", "perplexity_windows": "windows of a text at most", "limit": "documents of a task",
     "num_fewshot": "examples in the prompt", "include_path": "own task files", "tasks": "tasks", "device": "device",
+    "divergence": "divergence from the dense model",
 }  # fmt: skip
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], (), False)
 

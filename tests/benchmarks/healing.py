@@ -15,8 +15,10 @@ from itertools import product
 from pathlib import Path
 
 from paper import flap
-from quality import METHODS, Rows, dense, perplexities, write_news
+from quality import METHODS, Rows
+from quality_texts import write_texts
 
+from flapcli.artifacts.eval_report import load_report
 from flapcli.execution.settings import HealOptions
 from flapcli.healing.stage import HealInputs, heal
 
@@ -38,8 +40,8 @@ def main() -> None:
     parser.add_argument("--loss", default="kl,ce")
     asked = parser.parse_args()
     asked.dir.mkdir(parents=True, exist_ok=True)
-    rows, news = Rows(asked.dir / "rows.jsonl"), write_news(asked.news, asked.dir / "news.txt")
-    rows.measure(("dense",), lambda: dense("demo", asked.dir, news))
+    rows, news = Rows(asked.dir / "rows.jsonl"), write_texts(asked.news, asked.dir)["news"]
+    rows.measure(("dense",), lambda: perplexities(asked.dir / "dense", ["demo"], news))
     cuts = list(product(asked.methods.split(","), asked.ratios.split(",")))
     for method, ratio in cuts:
         run = asked.dir / f"{method}-{ratio}"
@@ -72,6 +74,13 @@ def healed(run: Path, out: Path, options: HealOptions, news: str) -> dict[str, f
     made = folder.flap.healed
     assert made is not None
     return perplexities(run, [str(out)], news) | {"before": made.before, "after": made.after, "best": made.best} | took
+
+
+def perplexities(run: Path, checkpoint: list[str], news: str) -> dict[str, float]:
+    texts = ["--perplexity", "pydoc", "--perplexity", news]
+    flap("eval", *checkpoint, "-d", str(run), "--no-baseline", "--dtype", "bfloat16", "--force", *texts)
+    found = load_report(run / "eval.json").perplexity
+    return {"pydoc": found["pydoc"], "news": found[news]}
 
 
 def table(rows: Rows) -> None:

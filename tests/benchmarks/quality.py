@@ -1,32 +1,45 @@
-"""The scoreboard: every way to prune beside the dense model, on the calibration's domain and on another one.
+"""The scoreboard: every way to prune beside the dense model, on the calibration's domain and on three others.
 
     pip download --no-deps gensim
-    python tests/benchmarks/quality.py --news gensim-*.whl --dir /tmp/quality
+    python tests/benchmarks/quality.py --wheel gensim-*.whl --dir /tmp/quality
 
-SmolLM2-135M-Instruct as it is (gqa) and with K and V repeated to 9 heads (mha), with `--models gemma` Gemma-3-270m
-(tests/support/gemma.py), calibrated on pydoc (`best`: as its preset says), bfloat16. Perplexity on pydoc's test windows
-and on Australian news (the Lee corpus in gensim's wheel). Rows that are in DIR/rows.jsonl are not measured again, so an
-interrupted run goes on. Hours on 2 cores with 1024 windows; `--nsamples 128` does a part.
+SmolLM2-135M-Instruct as it is (gqa), with K and V repeated to 9 heads (mha), and Gemma-3-270m (tests/support/gemma.py),
+calibrated on pydoc (`best`: as its preset says), bfloat16. Read on pydoc's test windows and, from gensim's wheel, on
+encyclopedia text, which options are chosen by, on Australian news and on code, which none are: perplexity, bits per
+byte, divergence from the dense model, equal next tokens; and questions of four answers. Rows that are in DIR/rows.jsonl
+are not measured again, so an interrupted run goes on; those of two texts, of an earlier script, are. Hours on 2 cores
+with 1024 windows; `--nsamples 128`, `--models gqa` and the like do a part.
 """
 
 import argparse
 import json
 import sys
-import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from paper import flap
+from quality_texts import TASK, write_task, write_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.gemma import gemma_folder
 from support.models import expand_to_mha
 
-from flapcli.artifacts.eval_report import load_report
+from flapcli.artifacts.eval_report import Measurement, Size, TextDetails
 from flapcli.artifacts.plan import load_plan
+from flapcli.checkpoints import open_checkpoint
+from flapcli.evaluation.measure import Measuring
+from flapcli.evaluation.reference import References
+from flapcli.evaluation.task_names import task_manager
+from flapcli.evaluation.tasks import Tasks
+from flapcli.execution.device import Runtime
+from flapcli.execution.settings import EvalOptions, Execution
+from flapcli.progress import Silent
 
-NEWS_MEMBER = "gensim/test/test_data/lee_background.cor"
-NEWS_FROM, NEWS_LENGTH = 0.6, 30_000  # characters: past what METHOD.md calibrates on, about 60 windows
 RATIOS = ("0.1", "0.2", "0.3", "0.5")
 # calibrate, plan, apply
 METHODS = {
@@ -45,38 +58,114 @@ HEADS = {
 }
 AUTHORS = {"0.2": 34.11, "0.3": 54.58, "0.5": 212.4}  # the authors' code, mha, 128 windows, float32 (METHOD.md)
 AIMS = {"0.2": 0.28, "0.3": 0.24, "0.5": 0.15}  # of the authors' loss over dense
+Key = tuple[str, ...]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--news", type=Path, required=True, help="gensim's wheel")
+    parser.add_argument("--wheel", "--news", type=Path, required=True, help="gensim's")
     parser.add_argument("--dir", type=Path, required=True, help="work folder, kept")
     parser.add_argument("--nsamples", default="128,1024")
-    parser.add_argument("--models", default="mha,gqa")
+    parser.add_argument("--models", default="mha,gqa,gemma")
     parser.add_argument("--ratios", default=",".join(RATIOS))
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"also {', '.join(HEADS)}")
     asked = parser.parse_args()
     asked.dir.mkdir(parents=True, exist_ok=True)
-    rows = Rows(asked.dir / "rows.jsonl")
-    news = write_news(asked.news, asked.dir / "news.txt")
-    wanted = [value.split(",") for value in (asked.nsamples, asked.models, asked.ratios, asked.methods)]
-    for kind in wanted[1]:
-        rows.measure((kind, "", "", "dense"), lambda kind=kind: dense(model_of(kind, asked.dir), asked.dir, news))
-    for nsamples, kind, ratio, method in product(*wanted):
-        key = (kind, "" if method == "mag-sp" else nsamples, ratio, method)
-        rows.measure(key, lambda k=key, n=nsamples: pruned(*k[::3], n, k[2], asked.dir, news))
-    rows.table()
+    rows = Rows(asked.dir / "rows.jsonl", "texts")
+    texts, tasks = write_texts(asked.wheel, asked.dir), write_task(asked.wheel, asked.dir / "task")
+    nsamples, kinds, ratios, methods = (
+        value.split(",") for value in (asked.nsamples, asked.models, asked.ratios, asked.methods)
+    )
+    for kind in kinds:
+        with ExitStack() as stack:
+            key = (kind, "", "", "dense")
+            dense = Dense(kind, asked.dir, texts, tasks, stack, key in rows.found)
+            rows.measure(key, lambda dense=dense: dense.row)
+            for windows, ratio, method in product(nsamples, ratios, methods):
+                key = (kind, "" if method == "mag-sp" else windows, ratio, method)
+                rows.measure(key, lambda d=dense, n=windows, r=ratio, m=method: d.pruned(n, r, m))
+    rows.table(list(texts))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A model before it is pruned. It runs once for all that is made of it, which is held against what it said.
+
+    Where its row is `known`, it answers no questions.
+    """
+
+    kind: str
+    folder: Path
+    texts: dict[str, str]
+    tasks: Path
+    stack: ExitStack
+    known: bool
+
+    @property
+    def model(self) -> str:
+        return model_of(self.kind, self.folder)
+
+    @cached_property
+    def _measuring(self) -> Measuring:
+        options = EvalOptions(
+            tuple(self.texts.values()), dtype="bfloat16", tasks=(TASK,), include_path=str(self.tasks), divergence=True
+        )
+        runtime = Runtime.of_eval(Execution(), options.dtype)
+        tasks = Tasks(options, task_manager(options.tasks, options.include_path)).load(Silent())
+        return Measuring(options, tasks, False, runtime, Silent(), self.stack.enter_context(References(runtime)))
+
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        return self._measured(self.model)
+
+    def pruned(self, nsamples: str, ratio: str, method: str) -> dict[str, Any]:
+        """Of a checkpoint pruned by one of the METHODS, to whose run folder all ratios come."""
+        calibrate, plan, apply = (METHODS | HEADS)[method]
+        own = method == "best" or method in HEADS  # statistics that no other method reads
+        run = self.folder / f"{self.kind}-{nsamples}-{method if own else 'pydoc'}"
+        flap(
+            "calibrate", self.model, "-d", str(run), "--dataset", "pydoc", "--nsamples", nsamples, *calibrate.split()
+        )  # fmt: skip
+        flap("plan", "-d", str(run), "--ratio", ratio, *plan.split())
+        flap("apply", "-d", str(run), "--dtype", "bfloat16", *apply.split())
+        return {"achieved": load_plan(run / "plan.yaml").ratio.achieved} | self._measured(str(run / "pruned"))
+
+    def _measured(self, name: str) -> dict[str, Any]:
+        measuring = self._measuring
+        if name != self.model:
+            self.row  # noqa: B018  the dense model goes first
+        elif self.known:
+            measuring = replace(measuring, tasks=None)
+        checkpoint = open_checkpoint(name)
+        size = Size(parameters=checkpoint.shape.parameters, bytes=checkpoint.nbytes, stored_as=checkpoint.stored_as)
+        found = Measurement(checkpoint=name, perplexity={}, size=size)
+        measuring.measure(found, checkpoint, name, list(self.texts.values()))
+        texts = {name: figures(found, text) for name, text in self.texts.items()}
+        return {"texts": texts, "acc": found.tasks.get(TASK, {}).get("acc_norm")}
+
+
+def figures(found: Measurement, text: str) -> dict[str, float]:
+    details: TextDetails = found.perplexity_details[text]
+    apart = details.divergence
+    return {
+        "perplexity": found.perplexity[text],
+        "bits_per_byte": details.bits_per_byte,
+        "kl": apart.kl if apart else 0.0,
+        "equal_tokens": apart.equal_tokens if apart else 1.0,
+    }
 
 
 class Rows:
-    """Measured rows by (model, windows, ratio, method), kept in a file of JSON lines."""
+    """Measured rows by (model, windows, ratio, method), kept as JSON lines; what lacks `needed` does not count."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, needed: str = "key") -> None:
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.found = {tuple(row["key"]): row for row in map(json.loads, lines)}
+        self.found: dict[Key, dict[str, Any]] = {
+            tuple(row["key"]): row for row in map(json.loads, lines) if needed in row
+        }
 
-    def measure(self, key: tuple[str, ...], work) -> None:
+    def measure(self, key: Key, work: Callable[[], dict[str, Any]]) -> None:
         if key in self.found:
             return
         self.found[key] = {"key": key, **work()}
@@ -84,26 +173,25 @@ class Rows:
         with self.path.open("a") as file:
             file.write(json.dumps(self.found[key]) + "\n")
 
-    def table(self) -> None:
-        """Markdown: a line for each model, number of windows and ratio, a column for each method: pydoc / news."""
-        print("| model | windows | ratio | " + " | ".join(METHODS) + " |\n|" + "---|" * (3 + len(METHODS)))
-        lines = sorted({key[:3] for key in self.found if key[1]}, key=lambda k: (k[0] != "mha", int(k[1]), k[2]))
-        for kind, nsamples, ratio in lines:
-            cells = []
-            for method in METHODS:
-                row = self.found.get((kind, "" if method == "mag-sp" else nsamples, ratio, method))
-                cells.append(f"{row['pydoc']:.2f} / {row['news']:.1f}" if row else "")
-            print(f"| {kind} | {nsamples} | {ratio} | {' | '.join(cells)} |")
-        for (kind, *_, method), row in self.found.items():
-            if method == "dense":
-                print(f"dense {kind}: {row['pydoc']:.2f} / {row['news']:.1f}")
+    def table(self, texts: list[str]) -> None:
+        """Markdown: a line for each model, number of windows, ratio and method, a column for each text."""
+        print("each text: perplexity, bits per byte, divergence from dense in nats a token, equal next tokens")
+        print("| model | windows | ratio | method | " + " | ".join(texts) + " | questions |")
+        print("|" + "---|" * (5 + len(texts)))
+        order = ["dense", *METHODS, *HEADS]
+        for key in sorted(self.found, key=lambda k: (k[0], int(k[1] or 0), k[2], order.index(k[3]))):
+            row = self.found[key]
+            cells = [f"{t['perplexity']:.2f}, {t['bits_per_byte']:.3f}, {t['kl']:.3f}, {t['equal_tokens']:.1%}"
+                     for t in map(row["texts"].get, texts)]  # fmt: skip
+            print("| " + " | ".join([*key, *cells, f"{row['acc']:.3f}"]) + " |")
         self.shares()
 
     def shares(self) -> None:
         for ratio, authors in AUTHORS.items():
             best, plain = self.found.get(("mha", "128", ratio, "best")), self.found.get(("mha", "", "", "dense"))
             if best and plain:
-                share = (best["pydoc"] - plain["pydoc"]) / (authors - plain["pydoc"])
+                ours, dense = (row["texts"]["pydoc"]["perplexity"] for row in (best, plain))
+                share = (ours - dense) / (authors - dense)
                 print(f"mha, 128 windows, {ratio}: best has {share:.3f} of the authors' loss (aim {AIMS[ratio]})")
 
 
@@ -115,37 +203,6 @@ def model_of(kind: str, folder: Path) -> str:
         return str(gemma_folder())
     expanded = folder / "mha"
     return str(expanded if expanded.exists() else expand_to_mha(expanded))
-
-
-def write_news(wheel: Path, path: Path) -> str:
-    with zipfile.ZipFile(wheel) as archive:
-        text = archive.read(NEWS_MEMBER).decode()
-    start = int(NEWS_FROM * len(text))
-    path.write_text(text[start : start + NEWS_LENGTH])
-    return str(path)
-
-
-def perplexities(run: Path, checkpoint: list[str], news: str) -> dict[str, float]:
-    texts = ["--perplexity", "pydoc", "--perplexity", news]
-    flap("eval", *checkpoint, "-d", str(run), "--no-baseline", "--dtype", "bfloat16", "--force", *texts)
-    found = load_report(run / "eval.json").perplexity
-    return {"pydoc": found["pydoc"], "news": found[news]}
-
-
-def dense(model: str, folder: Path, news: str) -> dict[str, float]:
-    return perplexities(folder / "dense", [model], news)
-
-
-def pruned(kind: str, method: str, nsamples: str, ratio: str, folder: Path, news: str) -> dict[str, float]:
-    calibrate, plan, apply = (METHODS | HEADS)[method]
-    run = folder / f"{kind}-{nsamples}-{method if method == 'best' or method in HEADS else 'pydoc'}"
-    flap(
-        "calibrate", model_of(kind, folder), "-d", str(run), "--dataset", "pydoc", "--nsamples", nsamples,
-        *calibrate.split(),
-    )  # fmt: skip
-    flap("plan", "-d", str(run), "--ratio", ratio, *plan.split())
-    flap("apply", "-d", str(run), "--dtype", "bfloat16", *apply.split())
-    return {"achieved": load_plan(run / "plan.yaml").ratio.achieved} | perplexities(run, [], news)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from flapcli.healing.divergence import Likeliest, divergence, state_loss, token_losses
+from flapcli.execution.divergence import Likeliest, divergence, state_loss, token_losses
 
 DENSE, PRUNED = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0)).mul(3).unbind()
 FULL = kl_div(PRUNED.log_softmax(-1), DENSE.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -45,7 +45,7 @@ class Page(HTMLParser):
 def run(tiny, prune, flap, text_file, tmp_path_factory):
     folder = prune(tiny("llama-gqa"), tmp_path_factory.mktemp("report") / "run", "--ratio 0.3")
     flap("eval", "-d", folder, "--perplexity", text_file, "--seqlen", 16, "--speed", "--speed-rounds", 1,
-         "--speed-lengths", "8", "--speed-new-tokens", 2)  # fmt: skip
+         "--speed-lengths", "8", "--speed-new-tokens", 2, "--divergence")  # fmt: skip
     return folder
 
 
@@ -62,7 +62,8 @@ def test_the_page_is_whole_and_asks_for_nothing(run, flap, tmp_path):
     words = " ".join(page.words)
     plan = load_plan(run / "plan.yaml")
     assert f"{plan.ratio.achieved:.2%}" in words
-    for heading in ("What was pruned", "Scores", "quality", "size, speed and memory", "Beside other runs", "versions"):
+    headings = ("What was pruned", "Scores", "quality", "size, speed and memory", "Beside other runs", "versions")
+    for heading in (*headings, "equal next tokens"):
         assert heading in words
     assert page.tags.count("svg") == 3  # what stays, scores, gain
     assert len(page.alts) == 3 and all(page.alts)
@@ -81,7 +82,7 @@ def commands_of(run, flap):
 def test_the_commands_on_the_page_make_the_run_anew(run, flap, tmp_path):
     *lines, evaluation = commands_of(run, flap)
     assert [words[0] for words in (*lines, evaluation)] == ["calibrate", "plan", "apply", "eval"]
-    assert "--speed-new-tokens" in evaluation and "--perplexity" not in evaluation
+    assert {"--speed-new-tokens", "--divergence"} < set(evaluation) and "--perplexity" not in evaluation
     for words in lines:
         flap(*(str(tmp_path / "again") if word == str(run) else word for word in words))
     plans = [load_plan(folder / "plan.yaml") for folder in (run, tmp_path / "again")]
@@ -93,7 +94,7 @@ def test_the_commands_on_the_page_make_the_run_anew(run, flap, tmp_path):
 @pytest.mark.parametrize(
     "typed",
     [
-        "--preset best --nsamples 8 --seed 3",
+        "--preset best --nsamples 8 --seed 3 --divergence",
         "--ratio 0.3 --nsamples 12 --compensate none --round-to 8 --store-dtype bfloat16 --no-baseline",
         "--nsamples 8 --target-params 60000 --perplexity pydoc --perplexity-windows 2 --eval-dtype float32",
     ],

@@ -1,4 +1,4 @@
-"""How far next-token distributions are from the teacher's (METHOD.md, Healing)."""
+"""How far next-token distributions are from another model's, a teacher's (METHOD.md, Healing)."""
 
 from dataclasses import dataclass
 
