@@ -61,13 +61,18 @@ class Described(ABC):
     def load_config(self) -> "PreTrainedConfig":
         """The transformers configuration object."""
 
+    @cached_property
+    def _known(self) -> "PreTrainedConfig":
+        """The configuration object, to be read alone."""
+        return self.load_config()
+
     def setting(self, key: str) -> Any:
         """A key of config.json, or what the configuration's class of transformers makes of one that it lacks."""
-        return self.config[key] if key in self.config else getattr(self.load_config(), key, None)
+        return self.config[key] if key in self.config else getattr(self._known, key, None)
 
     def key_of(self, key: str) -> str:
         """The name under which config.json has a setting, which its class of transformers may know by two."""
-        names: dict[str, str] = self.load_config().attribute_map if key not in self.config else {}
+        names: dict[str, str] = self._known.attribute_map if key not in self.config else {}
         others = [names.get(key), *(name for name, other in names.items() if other == key)]
         return next((name for name in others if name in self.config), key)
 
