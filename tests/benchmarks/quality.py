@@ -22,6 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from osscar import osscar
 from paper import flap
 from quality_texts import TASK, write_task, write_texts
 
@@ -56,6 +57,7 @@ HEADS = {
     "paper-heads": ("--gram --attention-unit query_head", "", "--compensate bias"),
     "best-heads": ("--preset best --attention-unit query_head", "--preset best", "--preset best"),
 }
+PEERS = {"osscar": osscar}  # other people's code
 AUTHORS = {"0.2": 34.11, "0.3": 54.58, "0.5": 212.4}  # the authors' code, mha, 128 windows, float32 (METHOD.md)
 AIMS = {"0.2": 0.28, "0.3": 0.24, "0.5": 0.15}  # of the authors' loss over dense
 Key = tuple[str, ...]
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--nsamples", default="128,1024")
     parser.add_argument("--models", default="mha,gqa,gemma")
     parser.add_argument("--ratios", default=",".join(RATIOS))
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"also {', '.join(HEADS)}")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"also {', '.join([*HEADS, *PEERS])}")
     asked = parser.parse_args()
     asked.dir.mkdir(parents=True, exist_ok=True)
     rows = Rows(asked.dir / "rows.jsonl", "texts")
@@ -118,8 +120,11 @@ class Dense:
     def row(self) -> dict[str, Any]:
         return self._measured(self.model)
 
-    def pruned(self, nsamples: str, ratio: str, method: str) -> dict[str, Any]:
-        """Of a checkpoint pruned by one of the METHODS, to whose run folder all ratios come."""
+    def pruned(self, nsamples: str, ratio: str, method: str) -> dict[str, Any] | None:
+        """Of a checkpoint pruned by one of the METHODS, to whose run folder all ratios come; None without a peer."""
+        if method in PEERS:
+            made = PEERS[method](self.model, int(nsamples), float(ratio), self.folder / method)
+            return {"achieved": made[1]} | self._measured(str(made[0])) if made else None
         calibrate, plan, apply = (METHODS | HEADS)[method]
         own = method == "best" or method in HEADS  # statistics that no other method reads
         run = self.folder / f"{self.kind}-{nsamples}-{method if own else 'pydoc'}"
@@ -165,10 +170,10 @@ class Rows:
             tuple(row["key"]): row for row in map(json.loads, lines) if needed in row
         }
 
-    def measure(self, key: Key, work: Callable[[], dict[str, Any]]) -> None:
-        if key in self.found:
+    def measure(self, key: Key, work: Callable[[], dict[str, Any] | None]) -> None:
+        if key in self.found or (row := work()) is None:
             return
-        self.found[key] = {"key": key, **work()}
+        self.found[key] = {"key": key, **row}
         print(json.dumps(self.found[key]), flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps(self.found[key]) + "\n")
@@ -178,7 +183,7 @@ class Rows:
         print("each text: perplexity, bits per byte, divergence from dense in nats a token, equal next tokens")
         print("| model | windows | ratio | method | " + " | ".join(texts) + " | questions |")
         print("|" + "---|" * (5 + len(texts)))
-        order = ["dense", *METHODS, *HEADS]
+        order = ["dense", *METHODS, *HEADS, *PEERS]
         for key in sorted(self.found, key=lambda k: (k[0], int(k[1] or 0), k[2], order.index(k[3]))):
             row = self.found[key]
             cells = [f"{t['perplexity']:.2f}, {t['bits_per_byte']:.3f}, {t['kl']:.3f}, {t['equal_tokens']:.1%}"
