@@ -36,7 +36,7 @@ class Trainer:
         return self.options.step_windows * self.objective.text.windows.shape[1]
 
     def train(self, saved: SavedTraining) -> TrainingState:
-        """Train to the end, or until validation has not improved for long; goes on from what was `saved`."""
+        """Train to the end, or until it has done harm for long; goes on from what was `saved`."""
         parameters = self.objective.student.trained
         optimiser = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=0.0)
         state = saved.restore(optimiser) or TrainingState.begin(parameters, self.validate())
@@ -45,7 +45,7 @@ class Trainer:
         every = max(1, self.steps // VALIDATIONS)
         with self.progress.task("heal", self.steps * self.tokens, "tokens") as advance:
             advance(state.step * self.tokens)
-            while state.step < self.steps and state.waited < PATIENCE:
+            while state.step < self.steps and not state.harms(PATIENCE):
                 state.took(self.step(optimiser, state.step))
                 if state.step % every == 0 or state.step == self.steps:
                     state.mark(state.step * self.tokens, self.validate(), parameters)

@@ -16,14 +16,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 @dataclass
 class TrainingState:
-    """After `step` steps: the curve so far, the parameters where validation was best, and for how many points it has
-    not been better since (`waited`). `total` is the sum of the losses of the steps since the last point."""
+    """After `step` steps: the curve so far, and the parameters where validation was best. `total` is the sum of the
+    losses of the steps since the last point."""
 
     best: dict[str, torch.Tensor]
     curve: list[HealingPoint]
     step: int = 0
     best_point: int = 0
-    waited: int = 0
     total: float = 0.0
     counted: int = 0
 
@@ -38,9 +37,17 @@ class TrainingState:
     def mark(self, tokens: int, validation: float, parameters: Parameters) -> None:
         """One more point of the curve; `parameters` are kept where it is the best so far."""
         self.curve.append(HealingPoint(tokens=tokens, training=self.total / self.counted, validation=validation))
-        self.total, self.counted, self.waited = 0.0, 0, self.waited + 1
+        self.total, self.counted = 0.0, 0
         if validation < self.curve[self.best_point].validation:
-            self.best, self.best_point, self.waited = _copied(parameters), len(self.curve) - 1, 0
+            self.best, self.best_point = _copied(parameters), len(self.curve) - 1
+
+    def harms(self, points: int) -> bool:
+        """Whether the last so many points are all worse than where training began.
+
+        One that only stands still may gain yet, when the rate falls.
+        """
+        first, *since = self.curve
+        return len(since) >= points and all(point.validation >= first.validation for point in since[-points:])
 
     @torch.no_grad()
     def put_best(self, parameters: Parameters) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from flapcli.artifacts.pruned_folder import load_pruned as load_folder
 from flapcli.healing.training import Trainer
+from flapcli.healing.training_state import TrainingState
 from flapcli.storage import resume
 from flapcli.texts.corpus import calibration_windows
 
@@ -144,6 +145,18 @@ def test_what_does_not_become_better_is_not_written(heal, healed):
     assert "healed is not written: on held-out windows the loss did not fall" in said
     assert contents(run / "healed", card=True) == contents(healed[0] / "healed", card=True)  # what was there stays
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("read", "harms"),
+    [([3.0, 3.1, 3.2], True), ([2.0, 2.5, 2.6, 2.7], False), ([2.0, 3.0, 3.0, 3.0], True), ([3.1, 3.1], False)],
+)
+def test_training_ends_where_it_does_harm_not_where_it_stands_still(read, harms):
+    state = TrainingState.begin({}, 3.0)
+    for tokens, validation in enumerate(read, 1):
+        state.took(1.0)
+        state.mark(tokens, validation, {})
+    assert state.harms(3) == harms
 
 
 def test_own_text_and_minutes(pruned, flap, tmp_path):
