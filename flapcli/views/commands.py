@@ -210,12 +210,14 @@ def _as_run(stages: Sequence[Asked]) -> Asked | None:
     return Asked("run", found, calibrate.best)
 
 
-def next_commands(run_dir: str, exports: bool, measured: bool) -> list[str]:
-    """What to do with a run that is done."""
+def next_commands(run_dir: str, healed: str | None, exports: bool, measured: bool) -> list[str]:
+    """What to do with a run that is done; `healed` is the folder of a healed model, which is then the one of use."""
     place = shlex.quote(run_dir)
-    report = f"flap {'report' if measured else 'eval'} -d {place}"
-    export = [f"flap export gguf -d {place}"] if exports else [f"flap push USER/NAME -d {place}"]
-    return [f'flap generate "Once upon a time" -d {place}', report, *export]
+    of_run, named = f"-d {place}", f"-d {place}"
+    if healed:
+        of_run, named = f"{of_run} --checkpoint {shlex.quote(healed)}", f"{shlex.quote(healed)} {named}"
+    onward = f"flap export gguf {named}" if exports else f"flap push USER/NAME {named}"
+    return [f'flap generate "Once upon a time" {of_run}', f"flap {'report' if measured else 'eval'} -d {place}", onward]
 
 
 def _join(command: str, arguments: Sequence[str], run_dir: str, options: Mapping[str, Any]) -> str:

@@ -162,7 +162,8 @@ def show_report(report: EvalReport) -> None:
 
 def show_end(plan: Plan, folder: PrunedFolder, run_dir: Path, report: EvalReport | None = None) -> None:
     """The end of a run: what pruning took and cost, where that was measured, and what to do next."""
-    next_ones = next_commands(str(run_dir), _exports(plan, folder), bool(report))
+    healed = str(folder.path) if folder.flap.healed else None
+    next_ones = next_commands(str(run_dir), healed, _exports(plan, folder), bool(report))
     for line in (*(story(report, plan) if report else ()), "next:", *(f"  {line}" for line in next_ones)):
         out.print(Text(line), soft_wrap=True)
 

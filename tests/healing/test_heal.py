@@ -216,10 +216,11 @@ def test_families(name, ways, how, prune, flap, text_file, tmp_path):
 def test_run_and_sweep(tiny, text_file, flap, tmp_path):
     small = ("--dataset", text_file, "--nsamples", 12, "--seqlen", 24, "--dtype", "float32", "--no-baseline")
     run = ("run", tiny("llama-gqa"), "-d", tmp_path / "run", *small, "--ratio", 0.3, "--heal-minutes", 0.01)
-    flap(*run)
+    said = flap(*run).stdout
     report = json.loads((tmp_path / "run" / "eval.json").read_text())
     better = (tmp_path / "run" / "healed").exists()
     assert report["checkpoint"].endswith("healed") == better
+    assert (f"flap export gguf {tmp_path}/run/healed -d {tmp_path}/run" in said) == better
     assert flap(*run).stderr.count("up to date") == (5 if better else 4)
     sweep = ("sweep", tiny("llama-gqa"), "-d", tmp_path / "run", *small, "--ratios", 0.3, "--heal-tokens", 1000)
     flap(*sweep)
