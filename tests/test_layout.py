@@ -29,8 +29,8 @@ ROOMS = {
     "calibration": "stage job in_memory request streaming brain_surgeon workload recorder "
     "block_influence routed fisher moments",
     "planning": "stage methods whole_experts depth even_groups devices allocation scores target_search",
-    "pruning": "stage trial companions per_layer sequential shared_solves sequential_fit slicing compensation "
-    "covariance layout cut stock_form kept_layers",
+    "pruning": "stage trial companions per_layer sequential sharpness shared_solves sequential_fit slicing "
+    "compensation covariance layout cut stock_form kept_layers",
     "healing": "stage distillation healed_folder budget work training training_state objective student teacher_cache "
     "teacher healing_text healing_request forward",
     "evaluation": "generate stage measure peak_memory perplexity reference speed tasks task_names",

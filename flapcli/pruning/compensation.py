@@ -146,10 +146,13 @@ def refit_on_means(
 
 
 class Compensation(Protocol):
-    """What says of every output projection how its kept columns shall be."""
+    """What says of every output projection how its kept columns shall be, and of what is not cut what it is."""
 
     def fit(self, weight: torch.Tensor, cut: ModuleCut) -> Fit:
         """For a projection's weight (out, channels) as stored."""
+
+    def copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """For a tensor of the source."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,10 @@ class ClosedForm:
         square = found.square_mean.reshape(len(found.tokens), -1).mean(axis=1)
         alike = over_experts(square, found.tokens) * np.eye(grams.shape[1], dtype=np.float32)
         return shrunk(grams, alike, found.tokens)
+
+    def copied(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return tensor
 
     def mean(self, cut: ModuleCut) -> torch.Tensor:
         """Mean of the module's channels, float32 (channels,)."""

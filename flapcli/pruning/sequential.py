@@ -25,6 +25,7 @@ from flapcli.pruning.compensation import ClosedForm
 from flapcli.pruning.cut import cut_of
 from flapcli.pruning.layout import Layout, Output
 from flapcli.pruning.sequential_fit import CannotFitError, ProjectionFit, StoredFits
+from flapcli.pruning.sharpness import STEPS, final_norm_of, sharpness
 from flapcli.storage.atomic import explain, require_space
 from flapcli.storage.dtypes import torch_dtype
 from flapcli.storage.resume import Resume, key_of
@@ -94,7 +95,7 @@ class SequentialFit:
         run = _Run(self, layout, closed_form, layerwise, dense, pruned, fits)
         with (
             torch.inference_mode(),
-            progress.task("refit", PASSES * windows.size * count, "tokens x passes") as advance,
+            progress.task("refit", (PASSES * count + STEPS) * windows.size, "tokens x passes") as advance,
         ):
             run.over_layers(progress, advance)
 
@@ -192,6 +193,7 @@ class _Run:
                 self._pass(self.pruned, layer, advance)
             for stream in (self.dense, self.pruned):
                 stream.hidden.forget(layer.index)
+        self._fit_sharpness(advance)
 
     def _restored(self) -> int | None:
         """The last layer whose input an earlier run left whole in both streams, which now read it, or None."""
@@ -268,6 +270,13 @@ class _Run:
         projection = layer.get_submodule(self.fit.checkpoint.family.module(cut.module).output)
         projection_fit.install(projection, fit, written, self.dense.hidden.dtype)
         self.fits.put(cut, fit)
+
+    def _fit_sharpness(self, advance: Advance) -> None:
+        """One factor on all logits, which the norm before the head takes, where it has weights that do."""
+        if names := final_norm_of(self.fit.checkpoint):
+            factor = sharpness(self.layerwise, self.dense, self.pruned, names, advance)
+            if factor is not None and factor > 0:
+                self.fits.put_factor(names, factor)
 
     def _pass(self, stream: ResidualStream, layer: Layer, advance: Advance) -> None:
         """Move a stream behind the layer as it is."""

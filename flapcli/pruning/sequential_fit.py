@@ -41,6 +41,19 @@ class StoredFits:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
             return Fit(found["weight"], found.get("bias"), *json.loads(file.metadata()["told"]))
 
+    def put_factor(self, names: list[str], factor: float) -> None:
+        """These tensors, which are not cut, are written times this."""
+        with atomic_file(self._factors) as scratch:
+            scratch.write_text(json.dumps(dict.fromkeys(names, factor)), encoding="utf-8")
+
+    def copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        factors = json.loads(self._factors.read_bytes()) if self._factors.exists() else {}
+        return tensor.float() * factors[name] if name in factors else tensor
+
+    @property
+    def _factors(self) -> Path:
+        return self.folder / "factors.json"
+
     def _path(self, cut: ModuleCut) -> Path:
         return self.folder / f"{cut.layer}-{cut.module}.safetensors"
 

@@ -61,7 +61,7 @@ def make(step: Step, layout: Layout, compensation: Compensation, report: FitRepo
     read = layout.checkpoint.read
     match step:
         case Copy():
-            return [read(step.source)]
+            return [compensation.copied(step.source, read(step.source))]
         case Rows():
             rows = read(step.source).index_select(step.axis, step.rows)
             return [scatter(rows, step.rows, step.axis, step.spec.shape)]

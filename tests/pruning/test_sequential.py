@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from support.edits import edit_keep
+from support.families import make_family
 from support.measured import random_data
 from support.models import load_dense, load_tokenizer, make_tiny
 from support.pruned import load_pruned
@@ -13,9 +14,11 @@ from support.stages import contents
 from flapcli.architecture.shape import MODULES
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_stats
+from flapcli.checkpoints import open_checkpoint
 from flapcli.cli.presets import PRESETS
 from flapcli.pruning.compensation import Centred, Means, least_squares, refit_errors, refit_on_means
 from flapcli.pruning.sequential_fit import ProjectionFit
+from flapcli.pruning.sharpness import final_norm_of
 from flapcli.texts.corpus import calibration_windows
 from flapcli.views.commands import apply_asked
 
@@ -130,6 +133,31 @@ def test_normal_equations_hold_in_every_module(kind, bias, calibrated, tiny, fla
     edit_keep(run, (1, "attention"), (2, "mlp"))
     flap("apply", "-d", run, "--compensate", "lstsq", "--sequential", bias)
     check_normal_equations(run, load_dense(tiny(kind)), windows_of(tiny, kind, text_file), bias == "--bias")
+
+
+def test_predictions_are_as_sure_as_the_dense_models_allow(calibrated, tiny, flap, text_file):
+    """By the folder alone: no factor on its logits would bring it nearer to the dense model on the calibration text."""
+    run, dense, ids = calibrated("qwen3"), load_dense(tiny("qwen3")), windows_of(tiny, "qwen3", text_file)
+    flap("apply", "-d", run, "--compensate", "lstsq", "--sequential")
+    sliced = load_pruned(run / "pruned")
+    factor = float((sliced.model.norm.weight / dense.model.norm.weight).detach().mean())
+    torch.testing.assert_close(sliced.model.norm.weight, dense.model.norm.weight * factor)
+    with torch.no_grad():
+        z, own = dense(ids).logits.double(), sliced(ids).logits.double()
+    scale = torch.tensor([1 / factor, 1.0], dtype=torch.float64, requires_grad=True)
+    losses = -(z.softmax(-1) * (scale[:, None, None, None] * own).log_softmax(-1)).sum(-1).mean((1, 2))
+    before, after = torch.autograd.grad(losses.sum(), scale)[0].abs()
+    assert after < 0.02 * before and abs(factor - 1) > 0.005
+
+
+def test_a_norm_that_does_not_scale_logits_stays(flap, text_file, tmp_path):
+    """Gemma's weights are what its factors exceed 1 by."""
+    dense, run = make_family(tmp_path / "dense", "gemma"), tmp_path / "run"
+    flap("calibrate", dense, "-d", run, "--dataset", text_file, *SMALL)
+    flap("plan", "-d", run, "--ratio", 0.3)
+    flap("apply", "-d", run, "--compensate", "lstsq", "--sequential")
+    name = final_norm_of(open_checkpoint(str(dense)))[0]
+    assert torch.equal(load_pruned(run / "pruned").state_dict()[name], load_dense(dense).state_dict()[name])
 
 
 @pytest.mark.parametrize("bias", ["--bias", "--no-bias"])
