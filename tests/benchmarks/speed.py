@@ -90,7 +90,7 @@ def finished(*args: str):
 
 
 def hooks_over_bare_forward(batches: int = 24) -> None:
-    """Alternate batches with and without the recorder, on the same decoder and tokens."""
+    """Alternate batches without the recorder, with it, and with Gram products, on the same decoder and tokens."""
     import torch
 
     from flapcli.calibration.recorder import Recorder
@@ -103,20 +103,36 @@ def hooks_over_bare_forward(batches: int = 24) -> None:
     source = open_checkpoint("demo")
     windows = torch.from_numpy(calibration_windows("pydoc", source.load_tokenizer(), 8 * batches, 128, 0))
     dtype = pick_dtype("auto", cpu)
-    bare, hooked = (load_model(source, dtype, cpu) for _ in range(2))
-    recorder = Recorder(source, hooked, gram=False, device=cpu)
-    times: dict[str, list[float]] = {"bare": [], "hooked": []}
+    models = {name: load_model(source, dtype, cpu) for name in ("bare", "hooked", "gram")}
+    recorders = {name: Recorder(source, models[name], name == "gram", cpu) for name in ("hooked", "gram")}
+    shape = source.shape
+    inputs = [torch.randn(8 * 128, shape.channels(i, m)) for i in range(shape.num_layers) for m in shape.modules]
+    sums = [x.T @ x for x in inputs]
+
+    def products() -> None:
+        for x, total in zip(inputs, sums, strict=True):
+            total.addmm_(x.T, x)
+
+    def forward(name: str, index: int) -> None:
+        if recorder := recorders.get(name):
+            recorder.begin(slice(8 * index, 8 * index + 8))
+        models[name].model(input_ids=windows[8 * index : 8 * index + 8], use_cache=False)
+        if recorder:
+            recorder.commit()
+
+    times: dict[str, list[float]] = {name: [] for name in (*models, "products")}
     with torch.inference_mode():
-        for batch in windows.view(batches, 8, 128):
-            for name, model in (("bare", bare), ("hooked", hooked)):
+        for index in range(batches):
+            for name, taken in times.items():
                 start = time.process_time()
-                model.model(input_ids=batch, use_cache=False)
-                if name == "hooked":
-                    recorder.commit()
-                times[name].append(time.process_time() - start)
-    ratios = [h / b for h, b in zip(times["hooked"], times["bare"], strict=True)]
-    print(f"calibrate over a bare forward pass of the decoder ({dtype}, batches of 8 x 128): "
-          f"{statistics.median(ratios):.3f} of its CPU time (median of {batches}; aim at most 1.10)")  # fmt: skip
+                products() if name == "products" else forward(name, index)
+                taken.append(time.process_time() - start)
+    bare, hooked, gram, alone = times.values()
+    hooks = statistics.median(h / b for h, b in zip(hooked, bare, strict=True))
+    more = statistics.median((g - h) / p for g, h, p in zip(gram, hooked, alone, strict=True))
+    print(f"calibrate over a bare forward pass of the decoder ({dtype}, batches of 8 x 128): {hooks:.3f} of its CPU "
+          f"time (median of {batches}; aim at most 1.10)")  # fmt: skip
+    print(f"--gram on top: {more:.3f} of the CPU time of its products alone (float32; aim at most 1)")
 
 
 def whole_pipeline(nsamples: int, folder: Path) -> float:
