@@ -77,8 +77,7 @@ def main() -> None:
     gaps = [(later - earlier, earlier) for earlier, later in zip([0.0, *seen], [*seen, took], strict=True)]
     longest, after = max(gaps)
     screen = Screen()
-    for _, data in came:
-        screen.feed(data.decode(errors="replace"))
+    screen.feed(b"".join(data for _, data in came).decode(errors="replace"))  # whole: a letter may come in two parts
     lines = [line.rstrip() for line in screen.lines]
     print(f"$ flap {' '.join(arguments)}    ({COLUMNS} x {LINES}, exit {code}, {took:.1f} s)")
     print(f"first line after {seen[0]:.2f} s, longest silence {longest:.2f} s (after {after:.1f} s)\n")
