@@ -6,8 +6,6 @@ import torch
 
 from flapcli.execution.ranks import Ranks
 
-CACHED = 400_000  # numbers in float32 that a processor's second cache holds
-
 
 @dataclass
 class Moments:
@@ -33,7 +31,7 @@ class Moments:
         sizes = [sums.shape[1] for _, sums in parts]
         counts = torch.tensor([count for count, _ in parts]).repeat_interleave(torch.tensor(sizes))
         mean, rest, m2 = torch.cat([sums for _, sums in parts], dim=1).double()
-        rest /= counts  # how far the mean is from what deviations were taken from
+        rest /= counts  # what rounding the mean to float32 left over in the deviations
         split = zip((mean + rest).split(sizes), (m2 - counts * rest**2).split(sizes), strict=True)
         return [cls(count, *found) for (count, _), found in zip(parts, split, strict=True)]
 
@@ -75,17 +73,11 @@ class Moments:
 
 
 def batch_sums(activation: torch.Tensor) -> torch.Tensor:
-    """A value near the mean, sum of deviations from it and sum of their squares, (3, channels) float32 on its device.
+    """Mean, sum of deviations from it and sum of their squares, (3, channels) float32 on its device.
 
     From an activation (..., channels) of any floating dtype.
     """
-    x = activation.reshape(-1, activation.shape[-1])
-    # As many rows at once as a processor keeps near it: one pass through memory.
-    rows = max(1, CACHED // max(1, x.shape[1])) if x.device.type == "cpu" else max(1, len(x))
-    near = x[:rows].float().mean(0)
-    sums = torch.zeros(2, x.shape[1], device=x.device)
-    for part in x.split(rows):
-        deviation = part - near  # float32
-        sums[0] += deviation.sum(0)
-        sums[1] += deviation.square_().sum(0)
-    return torch.cat([near[None], sums])
+    x = activation.reshape(-1, activation.shape[-1]).float()
+    mean = x.mean(0)
+    deviation = x - mean
+    return torch.stack([mean, deviation.sum(0), deviation.square_().sum(0)])
