@@ -63,7 +63,7 @@ def run(
             divergence=divergence, attention_unit=attention_unit, heal_minutes=heal_minutes,
         ))  # fmt: skip
         stages.check(how)
-        _refuse_with_zeros(mask_only, stages)
+        _refuse_with_zeros(stages)
         check_not_source(RunDir(run_dir).pruned, model)
         if evaluates:
             check_tasks(stages.evaluate, EVAL.find(RunDir(run_dir).eval), display)
@@ -87,10 +87,13 @@ def _refuse_of_eval(evaluation: o.EvaluationGroup, speed: bool, divergence: bool
     only_with("--eval", False, given)
 
 
-def _refuse_with_zeros(mask_only: bool, stages: "Stages") -> None:
-    if mask_only and stages.heal:
+def _refuse_with_zeros(stages: "Stages") -> None:
+    """Raise UsageError for what --mask-only, where it was given, does not go with."""
+    if not stages.apply.mask_only:
+        return
+    if stages.heal:
         raise UsageError("--mask-only leaves zeros, which training would fill: leave out --heal-minutes")
-    if mask_only and stages.plan.target:
+    if stages.plan.target:
         raise UsageError(f"--mask-only leaves the size as it is: leave out {stages.plan.target.option}")
 
 

@@ -1,6 +1,7 @@
 """Output projections fitted on the activations that the pruned layers before them make, and where fits are kept."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,15 +44,19 @@ class StoredFits:
 
     def put_factor(self, names: list[str], factor: float) -> None:
         """These tensors, which are not cut, are written times this."""
-        with atomic_file(self._factors) as scratch:
+        with atomic_file(self._factors_path) as scratch:
             scratch.write_text(json.dumps(dict.fromkeys(names, factor)), encoding="utf-8")
 
     def copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        factors = json.loads(self._factors.read_bytes()) if self._factors.exists() else {}
-        return tensor.float() * factors[name] if name in factors else tensor
+        return tensor.float() * self._factors[name] if name in self._factors else tensor
+
+    @cached_property
+    def _factors(self) -> dict[str, float]:
+        """What `put_factor` kept, read once: all is fitted before the first tensor is written."""
+        return json.loads(self._factors_path.read_bytes()) if self._factors_path.exists() else {}
 
     @property
-    def _factors(self) -> Path:
+    def _factors_path(self) -> Path:
         return self.folder / "factors.json"
 
     def _path(self, cut: ModuleCut) -> Path:

@@ -36,12 +36,13 @@ def sharpness(
     layerwise: LayerwiseModel, dense: ResidualStream, pruned: ResidualStream, names: list[str], advance: Advance
 ) -> float | None:
     """The factor t, where as much more of the norm's weights `names` is as much more of all logits, else None."""
+    if not _scale_logits(layerwise.model, names, layerwise.logits, pruned.read(slice(0, 1))[:, :TOKENS]):
+        layerwise.unload()
+        return None
     factor, every = 1.0, -(-layerwise.windows.size // ENOUGH)
-    sums, acts = torch.zeros(2, dtype=torch.float64), [True]
+    sums = torch.zeros(2, dtype=torch.float64)
 
     def step(part: slice, logits: Forward) -> None:
-        if part.start == 0:
-            acts[0] = _scale_logits(layerwise.model, names, logits, pruned.read(slice(0, 1))[:, :TOKENS])
         streams = (stream.read(part).flatten(0, 1)[every // 2 :: every].split(TOKENS) for stream in (dense, pruned))
         pairs = ((logits(z[None])[0], logits(own[None])[0]) for z, own in zip(*streams, strict=True))
         sums.add_(sum((derivatives(*pair, factor) for pair in pairs), torch.zeros_like(sums)))
@@ -49,8 +50,6 @@ def sharpness(
     for _ in range(STEPS):
         sums.zero_()
         layerwise.head(step, advance)
-        if not acts[0]:
-            return None
         factor -= float(sums[0] / sums[1]) if sums[1] > 0 else 0.0
     return factor
 
