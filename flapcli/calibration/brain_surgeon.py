@@ -13,7 +13,7 @@ from flapcli.architecture.shape import Module
 from flapcli.artifacts.stats import Vector
 from flapcli.artifacts.stats_writer import Eliminate
 from flapcli.checkpoints.checkpoint import Checkpoint
-from flapcli.execution.device import solving_device, sums_dtype
+from flapcli.execution.device import float64_device, sums_dtype
 from flapcli.progress import Advance
 from flapcli.storage.linear_algebra import cholesky_factor, inverse_in_place, row_blocks, squared, total
 
@@ -123,7 +123,7 @@ def eliminator(checkpoint: Checkpoint, device: torch.device, advance: Advance = 
             return fisher
         weight = checkpoint.read_output(layer, module)
         return (
-            eliminate(weight, torch.from_numpy(gram).to(solving_device(device)), torch.from_numpy(fisher))
+            eliminate(weight, torch.from_numpy(gram).to(float64_device(device)), torch.from_numpy(fisher))
             .float()
             .numpy()
         )

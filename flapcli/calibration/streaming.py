@@ -29,7 +29,7 @@ def stream(work: Workload, resume: Resume, writer: StatsWriter | None, activatio
     rows = (work.windows.shape[1], shape.hidden_size)
     in_memory = stay_in_memory(sum(counts) * rows[0] * rows[1] * dtype.itemsize, activation_memory)
     hidden, *back = (
-        HiddenStates((count, *rows), dtype, in_memory, resume, name)
+        HiddenStates((count, *rows), dtype, in_memory, resume, name, work.runtime.device)
         for count, name in zip(counts, ("hidden", "kept", "gradient"), strict=False)
     )
     recorder = Recorder(work.checkpoint, layerwise.model, work.gram, work.runtime.device, sample is not None)
@@ -73,10 +73,10 @@ class Kept:
     sample: Sample
     states: HiddenStates
 
-    def write(self, part: slice, states: torch.Tensor) -> None:
-        """Keep what is needed of a batch."""
-        if (within := self.sample.within(part)).start < within.stop:
-            self.states.write(within, states[self.sample.places[within] - part.start])
+    def of(self, part: slice, states: torch.Tensor) -> tuple[slice, torch.Tensor]:
+        """What is needed of a batch, a copy, and where it goes in `states`."""
+        within = self.sample.within(part)
+        return within, states[self.sample.places[within] - part.start]
 
 
 @dataclass
@@ -98,7 +98,7 @@ class ForwardPass(LayerWalk):
         if start:
             self.hidden.restore(start)
         else:
-            self.layerwise.embed(self._write, self._check)
+            self.layerwise.embed(lambda part, states: self._write(part, states, self._kept(part, states)), self._check)
             self.hidden.turn(0)
             if self.kept:
                 self.kept.states.save(0)
@@ -134,18 +134,22 @@ class ForwardPass(LayerWalk):
 
         def step(part: slice, forward: Forward) -> None:
             self.recorder.begin(part)
-            states = forward(self.hidden.read(part).to(self.layerwise.device)).cpu()
-            self.recorder.commit()
+            states = forward(self.hidden.read(part)).to(self.hidden.dtype)
+            kept = self._kept(part, states)
+            self.recorder.commit()  # from here on nothing takes memory: out of it, a batch is taken in again
             if needed:
-                self._write(part, states)
+                self._write(part, states, kept)
             self._check()
 
         self.layerwise.run(layer, step, advance)
 
-    def _write(self, part: slice, states: torch.Tensor) -> None:
+    def _kept(self, part: slice, states: torch.Tensor) -> tuple[slice, torch.Tensor] | None:
+        return self.kept.of(part, states) if self.kept else None
+
+    def _write(self, part: slice, states: torch.Tensor, kept: tuple[slice, torch.Tensor] | None) -> None:
         self.hidden.write(part, states)
-        if self.kept:
-            self.kept.write(part, states)
+        if self.kept and kept and kept[0].start < kept[0].stop:
+            self.kept.states.write(*kept)
 
 
 @dataclass
@@ -204,8 +208,8 @@ class BackwardPass(LayerWalk):
         self.kept.restore(self.num_layers)
 
         def step(part: slice, logits: Forward) -> None:
-            states = self.kept.read(part).to(self.layerwise.device)
-            self.gradient.write(part, loss_gradient(logits, states, sample.numbers[part], sample.start))
+            gradient = loss_gradient(logits, self.kept.read(part), sample.numbers[part], sample.start)
+            self.gradient.write(part, gradient)
 
         self.layerwise.head(step, self._check)
         self.gradient.save(self.num_layers)
@@ -213,13 +217,10 @@ class BackwardPass(LayerWalk):
         self.kept.forget(self.num_layers)
 
     def _layer(self, layer: Layer, advance: Advance) -> None:
-        device = self.layerwise.device
-
         def step(part: slice, forward: Forward) -> None:
             self.recorder.begin(part)
-            states, gradient = self.kept.read(part).to(device), self.gradient.read(part)
-            gradient = gradient_before(forward, states, gradient).cpu()
-            self.recorder.commit()  # from here on nothing takes memory: out of it, a batch is taken in again
+            gradient = gradient_before(forward, self.kept.read(part), self.gradient.read(part)).to(self.gradient.dtype)
+            self.recorder.commit()  # nor here
             if layer.index:
                 self.gradient.write(part, gradient)
             self._check()

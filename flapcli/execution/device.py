@@ -74,8 +74,8 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
-def solving_device(device: torch.device) -> torch.device:
-    """Where normal equations are solved: the device, but the CPU where that has no float64 to check float32 by."""
+def float64_device(device: torch.device) -> torch.device:
+    """The device, or the CPU where that has no float64, which float32 solves are checked by and draws summed in."""
     return torch.device("cpu") if device.type in NO_FLOAT64 else device
 
 

@@ -17,21 +17,32 @@ from flapcli.storage.atomic import atomic_file, require_space
 from flapcli.storage.resume import Resume
 from flapcli.storage.safetensors_file import read_into
 
+CPU = torch.device("cpu")
+
 
 class HiddenStates:
-    """(windows, tokens, hidden size) of one dtype, where layers read their input and write their output.
+    """(windows, tokens, hidden size) of one dtype, where layers on `device` read their input and write their output.
 
-    `in_memory`: one tensor, overwritten batch by batch. Else a file is read while the next one is written, each
-    mapped only slice by slice, so that neither counts as this process's memory. In both cases a file of a
-    layer's input that bears its final name, `name` and the layer's index, is whole.
+    `in_memory`: one tensor on the host, overwritten batch by batch; pinned for a GPU, which then copies while the host
+    goes on. Else a file is read while the next one is written, each mapped only slice by slice, so that neither counts
+    as this process's memory. In both cases a file of a layer's input that bears its final name, `name` and the layer's
+    index, is whole.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool, resume: Resume, name: str = "hidden"
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        in_memory: bool,
+        resume: Resume,
+        name: str = "hidden",
+        device: torch.device = CPU,
     ) -> None:
-        self.shape, self.dtype, self.resume, self.name = shape, dtype, resume, name
+        self.shape, self.dtype, self.resume, self.name, self.device = shape, dtype, resume, name, device
         self.window_bytes = shape[1] * shape[2] * dtype.itemsize
-        self._states = torch.empty(shape, dtype=dtype) if in_memory else None
+        self._pinned = in_memory and device.type == "cuda"
+        # Pinned memory is a power of two: at most twice as much, of which `stay_in_memory` leaves half.
+        self._states = torch.empty(shape, dtype=dtype, pin_memory=self._pinned) if in_memory else None
         self._source = Path()
         self._target: BinaryIO | None = None
 
@@ -49,26 +60,32 @@ class HiddenStates:
     def restore(self, layer: int) -> None:
         """Go on with the saved input of a layer."""
         self._source = self._path(layer)
+        self._wait()
         if self._states is not None and self.nbytes:
             read_into(self._source, 0, raw_bytes(self._states))
 
     def read(self, windows: slice) -> torch.Tensor:
-        """A batch of the current layer's input."""
+        """A batch of the current layer's input, on the device; on the CPU the memory it is kept in."""
         if self._states is not None:
-            return self._states[windows]
+            return self._states[windows].to(self.device, non_blocking=self._pinned)
         count = windows.stop - windows.start
         start, size = windows.start * self.window_bytes, count * self.window_bytes
         mapped = np.memmap(self._source, np.uint8, "c", start, (size,))
-        return torch.from_numpy(mapped).view(self.dtype).reshape(count, *self.shape[1:])
+        return torch.from_numpy(mapped).view(self.dtype).reshape(count, *self.shape[1:]).to(self.device)
 
     def write(self, windows: slice, states: torch.Tensor) -> None:
         """Keep a batch of the output."""
         if self._states is not None:
-            self._states[windows] = states.to("cpu", self.dtype)
+            self._states[windows].copy_(states.to(self.dtype), non_blocking=self._pinned)
             return
         target = self._target_file()
         target.seek(windows.start * self.window_bytes)
         target.write(raw_bytes(states.to(self.dtype)))
+
+    def _wait(self) -> None:
+        """Until the GPU has made its copies: before the host itself reads or writes what they lie in."""
+        if self._pinned:
+            torch.cuda.synchronize(self.device)
 
     def _target_file(self) -> BinaryIO:
         # Written and not mapped: on a full disk a write says so, a mapping kills the process.
@@ -82,6 +99,7 @@ class HiddenStates:
             self.turn(layer)
             return
         self.resume.ready()
+        self._wait()
         with atomic_file(self._path(layer)) as scratch, scratch.open("wb") as file:
             file.write(raw_bytes(self._states))
             file.flush()
@@ -112,10 +130,10 @@ class HiddenStates:
 
 
 class ResidualStream:
-    """A model's residual stream before the layer at hand, read to the device and written batch by batch."""
+    """A model's residual stream before the layer at hand, read and written batch by batch."""
 
-    def __init__(self, hidden: HiddenStates, device: torch.device) -> None:
-        self.hidden, self.device, self._turns = hidden, device, 0
+    def __init__(self, hidden: HiddenStates) -> None:
+        self.hidden, self._turns = hidden, 0
 
     @classmethod
     def of(
@@ -135,13 +153,13 @@ class ResidualStream:
         nbytes = math.prod(size) * runtime.dtype.itemsize
         in_memory = stay_in_memory(nbytes)
         require_space(files.parent.parent, 0 if in_memory else at_once * nbytes)
-        return cls(HiddenStates(size, runtime.dtype, in_memory, files, name), runtime.device)
+        return cls(HiddenStates(size, runtime.dtype, in_memory, files, name, runtime.device))
 
     def read(self, part: slice) -> torch.Tensor:
-        return self.hidden.read(part).to(self.device)
+        return self.hidden.read(part)
 
     def write(self, part: slice, states: torch.Tensor) -> None:
-        self.hidden.write(part, states.cpu())
+        self.hidden.write(part, states)
 
     def turn(self) -> None:
         """All was written: from now on that is read."""

@@ -15,7 +15,7 @@ from flapcli.progress import Silent
 from flapcli.storage.atomic import atomic_file
 from flapcli.texts.mixture import SELF, Mixture
 from flapcli.texts.opening import opening
-from flapcli.texts.sampling import TOKENS_AT_ONCE, Sampling, sample_windows
+from flapcli.texts.sampling import Sampling, sample_windows, tokens_at_once
 
 SAMPLED = 16  # tokens of each window that are sampled to see how long it takes
 VALIDATION = 1.15  # what reading held-out windows as it goes adds to training
@@ -55,7 +55,7 @@ def _writing(work: Work) -> float:
     if SELF not in mixture.sources:
         return 0.0
     share = mixture.weights[mixture.sources.index(SELF)] / sum(mixture.weights)
-    windows = max(1, TOKENS_AT_ONCE // options.seqlen)
+    windows = max(1, tokens_at_once(work.dense.device) // options.seqlen)
     asked = Sampling(windows, len(opening(work.text.tokenizer)) + SAMPLED, batch_size=windows)
     return share * _timed(lambda: sample_windows(work.dense, work.text.tokenizer, asked, Silent()).size)
 

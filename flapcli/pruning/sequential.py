@@ -90,8 +90,10 @@ class SequentialFit:
         # Of each stream what is read and what is written: with the latter half-written, all begins with the former.
         require_space(resume.parent.parent, layout.nbytes + _fits_bytes(layout) + 4 * stream_bytes - resume.nbytes)
         size = (*windows.shape, hidden_size)
-        states = [HiddenStates(size, dtype, in_memory, resume, name) for name in ("dense", "pruned")]
-        dense, pruned = (ResidualStream(own, layerwise.device) for own in states)
+        dense, pruned = (
+            ResidualStream(HiddenStates(size, dtype, in_memory, resume, name, self.runtime.device))
+            for name in ("dense", "pruned")
+        )
         run = _Run(self, layout, closed_form, layerwise, dense, pruned, fits)
         with (
             torch.inference_mode(),
@@ -222,7 +224,6 @@ class _Run:
             after = forward(before)
             if part.start == 0:
                 self._check(layer.module, inputs, before, after)
-            after = after.cpu()  # takes memory, which nothing may once the sums have the batch
             wanted = inputs.between.float()
             before = self.pruned.read(part)
             with inputs.until("attention"):

@@ -131,7 +131,7 @@ def _write_folder(work: _Work, keep_old: bool, force: bool, progress: Progress, 
     stats = _stats_of(work) if work.options.compensate != "none" else None
     made_by = _made_by(work, stats)
     progress.doing(IMPORTING)
-    from flapcli.execution.device import own_gpu, pick_device, solving_device
+    from flapcli.execution.device import float64_device, own_gpu, pick_device
     from flapcli.execution.loading import quiet_transformers
     from flapcli.pruning.companions import write_companions
     from flapcli.pruning.compensation import ClosedForm
@@ -145,7 +145,7 @@ def _write_folder(work: _Work, keep_old: bool, force: bool, progress: Progress, 
 
         fit = SequentialFit(work.checkpoint, stats, work.stats_path, work.execution, ridge)
     kind, ridge = options.compensate or "none", RIDGES[False] if options.sequential else ridge
-    device = solving_device(own_gpu(pick_device(work.execution.device)))
+    device = float64_device(own_gpu(pick_device(work.execution.device)))
     closed_form = ClosedForm(kind, stats, ridge, options.lstsq_bias, device)
     _say_of_rank(stats, kind, progress)
     layout = layout_of(work.checkpoint, work.plan, options, closed_form.adds_bias)

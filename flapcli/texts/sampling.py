@@ -10,20 +10,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 
 from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import Batches
+from flapcli.execution.device import float64_device
 from flapcli.execution.head import drawn
 from flapcli.execution.ranks import Ranks
 from flapcli.progress import Advance, Progress
 from flapcli.storage.resume import Pauses, Resume
 from flapcli.texts.opening import opening, room_for_text
 
-TOKENS_AT_ONCE = 8192  # as many as a batch holds at its end: 64 windows of 128
+CPU_TOKENS, GPU_TOKENS = 8192, 32768  # a batch of windows at its end
 DRAWN = "windows.safetensors"
 
 
 class Draw(generation.LogitsProcessor):
     """Leaves only the token that each window's own random number picks: by the inverse of the cumulated softmax.
 
-    The whole vocabulary at temperature 1, in float32, sums in float64 on the CPU. `numbers`: (batch, steps) in [0, 1).
+    The whole vocabulary at temperature 1, in float32, sums in float64, for which the CPU serves a device that has none.
+    `numbers`: (batch, steps) in [0, 1).
     """
 
     def __init__(self, numbers: torch.Tensor, advance: Advance) -> None:
@@ -31,7 +33,8 @@ class Draw(generation.LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        tokens = drawn(torch.softmax(scores.cpu().float(), -1).double(), self.numbers[:, self.step])
+        likely = torch.softmax(scores.to(float64_device(scores.device)).float(), -1)
+        tokens = drawn(likely.double(), self.numbers[:, self.step])
         self.step += 1
         self.advance(len(tokens))
         only = torch.full_like(scores, -torch.inf)
@@ -40,12 +43,17 @@ class Draw(generation.LogitsProcessor):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much text, by which seed; `batch_size` None: as many windows at once as 8,192 tokens make."""
+    """How much text, by which seed; `batch_size` None: as many windows at once as `tokens_at_once` make."""
 
     nsamples: int
     seqlen: int
     seed: int = 0
     batch_size: int | None = None
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """A batch's tokens at its end: a step of few windows takes a GPU as long as one of many."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
 
 
 class Drawn:
@@ -87,7 +95,8 @@ def sample_windows(
     first, numbers = _numbers(tokenizer, nsamples, seqlen, asked.seed)
     steps = numbers.shape[1]
     batches = Batches(seqlen, model.device, None, progress)
-    batches.size = size = max(1, min(TOKENS_AT_ONCE // seqlen, asked.batch_size or TOKENS_AT_ONCE))
+    most = tokens_at_once(model.device)
+    batches.size = size = max(1, min(most // seqlen, asked.batch_size or most))
     mine = ranks.share(-(-nsamples // size))  # whole batches, so that they are those of a single process
     start, stop = mine.start * size, min(mine.stop * size, nsamples)
     found = Drawn(max(stop - start, 0), seqlen, resume)
