@@ -17,6 +17,7 @@ from flapcli.calibration.workload import Workload
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import STREAM, Batches, Within
+from flapcli.execution.device import float64_device
 from flapcli.execution.layerwise import LayerwiseModel
 from flapcli.execution.loading import layers_of, load_model
 from flapcli.progress import Advance
@@ -108,7 +109,8 @@ def _layers(work: Workload, recorder: Recorder) -> Iterator[LayerStats]:
         norms: dict[Module, ColumnNorms | None] = dict.fromkeys(checkpoint.family.modules)
         for module in norms if ranks.rank == 0 else ():
             if checkpoint.family.output_weight(layer, module) in checkpoint.tensors:
-                norms[module] = ColumnNorms.of(checkpoint.read_output(layer, module))
+                weight = checkpoint.read_output(layer, module)
+                norms[module] = ColumnNorms.of(weight.to(float64_device(recorder.device)))
         found = layer_stats_of(recorder, layer, norms, ranks)
         yield found._replace(fisher=fisher_of(recorder, layer, ranks)) if work.fisher else found
 

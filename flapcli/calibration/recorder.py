@@ -19,6 +19,7 @@ from flapcli.calibration.routed import show_experts
 from flapcli.checkpoints.checkpoint import Checkpoint
 from flapcli.checkpoints.column_norms import ColumnNorms
 from flapcli.errors import FlapError
+from flapcli.execution.memory import on_host
 from flapcli.execution.ranks import Ranks
 
 # Of a layer's modules, of experts one by one as in `experts.0`; of its residual stream, whose channels are the numbers
@@ -186,7 +187,7 @@ def layer_stats_of(
 def _taken(recorder: Recorder, key: Key, ranks: Ranks) -> tuple[Moments, NDArray[np.float32] | None]:
     mine, total = recorder.take(key)
     moments = mine.over(ranks)
-    return moments, None if total is None else ranks.summed(total).div_(max(moments.count, 1)).cpu().numpy()
+    return moments, None if total is None else on_host(ranks.summed(total).div_(max(moments.count, 1))).numpy()
 
 
 def _expert_stats(

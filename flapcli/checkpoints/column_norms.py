@@ -18,11 +18,11 @@ class ColumnNorms:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> "ColumnNorms":
-        """From the weight (out, channels) as stored; sums in float64, some rows at a time."""
-        squares = torch.zeros(weight.shape[1], dtype=torch.float64)
+        """From the weight (out, channels) as stored, where it lies; sums in float64, some rows at a time."""
+        squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
         magnitudes = torch.zeros_like(squares)
         for rows in weight.split(ROWS):
             part = rows.float()
             squares += part.square().sum(0, dtype=torch.float64)
             magnitudes += part.abs().sum(0, dtype=torch.float64)
-        return cls(squares.float().numpy(), (magnitudes / len(weight)).float().numpy())
+        return cls(squares.float().cpu().numpy(), (magnitudes / len(weight)).float().cpu().numpy())

@@ -28,6 +28,7 @@ class Runtime:
     def of(cls, execution: Execution, dtype: str) -> "Runtime":
         """As asked for. Raises UsageError where this machine has no such device."""
         torch.set_float32_matmul_precision("highest")  # float32 is float32, whatever an image says of TF32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every length: 6 s for a window of 128 tokens
         device = pick_device(execution.device)
         return cls(device, pick_dtype(dtype, device), execution.batch_size)
 

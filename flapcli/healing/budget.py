@@ -55,7 +55,7 @@ def _writing(work: Work) -> float:
     if SELF not in mixture.sources:
         return 0.0
     share = mixture.weights[mixture.sources.index(SELF)] / sum(mixture.weights)
-    windows = max(1, tokens_at_once(work.dense.device) // options.seqlen)
+    windows = max(1, tokens_at_once(work.dense) // options.seqlen)
     asked = Sampling(windows, len(opening(work.text.tokenizer)) + SAMPLED, batch_size=windows)
     return share * _timed(lambda: sample_windows(work.dense, work.text.tokenizer, asked, Silent()).size)
 

@@ -12,12 +12,13 @@ from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import Batches
 from flapcli.execution.device import float64_device
 from flapcli.execution.head import drawn
+from flapcli.execution.memory import free_memory
 from flapcli.execution.ranks import Ranks
 from flapcli.progress import Advance, Progress
 from flapcli.storage.resume import Pauses, Resume
 from flapcli.texts.opening import opening, room_for_text
 
-CPU_TOKENS, GPU_TOKENS = 8192, 32768  # a batch of windows at its end
+CPU_TOKENS, GPU_TOKENS, OF_FREE = 8192, 131072, 4  # a batch's tokens at its end, whose cache takes a quarter at most
 DRAWN = "windows.safetensors"
 
 
@@ -51,9 +52,13 @@ class Sampling:
     batch_size: int | None = None
 
 
-def tokens_at_once(device: torch.device) -> int:
+def tokens_at_once(model: PreTrainedModel) -> int:
     """A batch's tokens at its end: a step of few windows takes a GPU as long as one of many."""
-    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    if model.device.type == "cpu":
+        return CPU_TOKENS
+    config = model.config.get_text_config()
+    cached = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # bytes of a token, at the most
+    return max(CPU_TOKENS, min(GPU_TOKENS, free_memory(model.device) // OF_FREE // cached))
 
 
 class Drawn:
@@ -95,7 +100,7 @@ def sample_windows(
     first, numbers = _numbers(tokenizer, nsamples, seqlen, asked.seed)
     steps = numbers.shape[1]
     batches = Batches(seqlen, model.device, None, progress)
-    most = tokens_at_once(model.device)
+    most = tokens_at_once(model)
     batches.size = size = max(1, min(most // seqlen, asked.batch_size or most))
     mine = ranks.share(-(-nsamples // size))  # whole batches, so that they are those of a single process
     start, stop = mine.start * size, min(mine.stop * size, nsamples)

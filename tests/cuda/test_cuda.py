@@ -46,11 +46,11 @@ def stats_of(run):
 
 
 def same_weights(ours, theirs):
-    """Two pruned folders' tensors are as near as sums in another order make them."""
+    """Two pruned folders' tensors are as near as sums in another order make them; biases may be nothing but that."""
     mine, expected = (load_file(folder / "model-00001-of-00001.safetensors") for folder in (ours, theirs))
     assert mine.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()))
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=1e-6 + 1e-3 * float(tensor.abs().max()))
 
 
 @pytest.mark.parametrize("mode", ["--no-stream", "--stream"])
