@@ -21,11 +21,12 @@ def stream_changes(before: torch.Tensor, middle: torch.Tensor, after: torch.Tens
     stacked = torch.empty(after.numel() // size, 3, size, dtype=torch.float32, device=after.device)
     for place, stream in enumerate((before, middle, after)):  # float32 and side by side in one pass
         stacked[:, place] = stream.reshape(-1, size)
-    # All products of the three at once: several times as fast as three cosine similarities.
+    # All products of the three at once: several times as fast as three cosine similarities. Rows are taken one by one,
+    # since lists of them would have to be copied to a GPU, which the host would wait for.
     products = (stacked @ stacked.transpose(1, 2)).flatten(1).T
-    norms = products[::4].sqrt()
-    scale = (norms[[0, 0, 1]] * norms[[2, 1, 2]]).clamp_min_(torch.finfo(torch.float32).tiny)
-    return (1 - products[[2, 1, 5]] / scale).T
+    first, second, third = products[::4].sqrt()
+    scale = torch.stack((first * third, first * second, second * third)).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (1 - torch.stack((products[2], products[1], products[5])) / scale).T
 
 
 def observe_layer(layer: nn.Module, family: Family, take: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:

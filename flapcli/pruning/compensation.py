@@ -44,7 +44,7 @@ def mean_bias(weight: torch.Tensor, kept: torch.Tensor, pruned: torch.Tensor, me
 
     `weight` (out, channels) of any floating dtype, `kept` and `pruned` indices, `mean` mu (channels,).
     """
-    return Fit(weight[:, kept], weight[:, pruned].double() @ mean[pruned].double())
+    return Fit(weight[:, kept], combined(weight[:, pruned], mean[pruned].double()))
 
 
 def least_squares(

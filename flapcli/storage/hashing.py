@@ -2,11 +2,21 @@
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
+
+LARGE = 1 << 26  # bytes of a file whose hash this process remembers: it takes longer than a file's time is exact to
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal. `flap run` asks twice for that of statistics, which takes a second a GB."""
+    stat = path.stat()
+    known = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return _sha256(path, known) if stat.st_size >= LARGE else _sha256.__wrapped__(path, known)
+
+
+@lru_cache(maxsize=8)
+def _sha256(path: Path, _known: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

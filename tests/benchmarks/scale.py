@@ -38,19 +38,21 @@ STAGES: dict[str, list[object]] = {
 def formula(config: dict, nsamples: int) -> dict[str, float]:
     """Bytes of RAM, whatever the number of layers.
 
-    Calibration's sums are of a layer's two modules. A solve holds the Gram matrix, the factor of the kept channels'
-    and the kept columns, once in float32 and once as stored; the sequential one two streams, a layer and the batch
-    beside it, and first the kept channels' own sums and the closed form's columns instead of the Gram matrix.
+    Calibration's sums are of a layer's two modules. A cut holds a weight, what is kept of it and what was written
+    before. A solve holds the Gram matrix, the factor of the kept channels', in float64 where tokens are too few to tell
+    them apart, and the kept columns, once in float32 and once as stored; the sequential one two streams, a layer and
+    the batch beside it, and first the kept channels' own sums and the closed form's columns instead of the Gram matrix.
     """
     s, neurons, kept = sizes(config, nsamples), config["intermediate_size"], 1 - RATIO
+    factor = kept**2 * (2 if nsamples * SEQLEN < kept * neurons else 1)
     heads = config["num_attention_heads"] * config["head_dim"]
     gram, weight = 4 * neurons**2, 2 * neurons * config["hidden_size"]
-    working, solve = 4 * s["batch"] + 100e6, gram * (1 + kept**2) + weight * (1 + 2 * kept + 2 * (1 - kept))
-    refit = gram * 2 * kept**2 + weight * (1 + 3 * 2 * kept)
+    working, solve = 4 * s["batch"] + 100e6, gram * (1 + factor) + weight * (1 + 2 * kept + 2 * (1 - kept))
+    refit = gram * (kept**2 + factor) + weight * (1 + 3 * 2 * kept)
     return {
         "calibrate --stream --gram": s["hidden"] + 2 * s["layer"] + gram + 4 * heads**2 + working,
         "plan": 100e6 + 3 * s["stats"],
-        "apply, bias": 100e6 + 2 * s["largest"] + s["stats"],
+        "apply, bias": 100e6 + 3 * s["largest"] + s["stats"],
         "apply, lstsq": 100e6 + solve,
         "apply, sequential": 2 * s["hidden"] + 2 * s["layer"] + working + max(solve, refit),
     }
