@@ -141,6 +141,12 @@ class ModelShape(Record):
         return changed.model_copy(update={"unit_rows": rows, "unit_biases": self.unit_biases | {"attention": biases}})
 
     @property
+    def parts_groups(self) -> bool:
+        """Whether single query heads can be units where heads share keys: all layers have equally many KV groups."""
+        shared = any(layer.num_attention_heads > layer.num_key_value_heads for layer in self.layers)
+        return shared and len({layer.num_key_value_heads for layer in self.layers} - {0}) == 1
+
+    @property
     def _is_even(self) -> bool:
         """Whether all KV groups have equally many query heads."""
         return len({layer.num_attention_heads / layer.num_key_value_heads for layer in self.layers if layer[1]}) < 2

@@ -37,7 +37,8 @@ class CalibrationRequest:
     @property
     def settings(self) -> dict[str, Any]:
         """What the statistics record of the options; the unit of attention is said with the model."""
-        asked = {key: value for key, value in asdict(self.options).items() if key != "attention_unit"}
+        of_model = ("attention_unit", "prefers_query_heads")
+        asked = {key: value for key, value in asdict(self.options).items() if key not in of_model}
         return asked | {"fisher_of": FISHER_OF if self.options.fisher else None}
 
     def answered_by(self, found: StatsHeader) -> bool:

@@ -43,6 +43,7 @@ def calibrate(
         progress.doing(f"opening {model}")
         checkpoint = open_checkpoint(model, hub)
         checkpoint.attention_unit = options.attention_unit
+        checkpoint.prefers_query_heads = options.prefers_query_heads
         request = CalibrationRequest(out, checkpoint, options, execution)
         request.text_sha256  # noqa: B018  a text that can't be read is told before what lies at `out` is looked at
         current = STATS.current(out, request.answered_by, force)

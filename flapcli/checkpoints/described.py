@@ -25,10 +25,12 @@ class Described(ABC):
     """A checkpoint on disk.
 
     `name` finds it again (hub id, absolute path or `demo`), `path` is its folder or file here. `attention_unit` is
-    what its shape shall have, None what suits it; it is to be set before the shape is asked for.
+    what its shape shall have, None what suits it: single query heads where `prefers_query_heads` and its layers allow
+    them. Both are to be set before the shape is asked for.
     """
 
     attention_unit: AttentionUnit | None = None
+    prefers_query_heads = False
 
     def __init__(self, name: str, path: Path, hub: Hub) -> None:
         self.name, self.path, self.hub = name, path, hub

@@ -29,7 +29,10 @@ def stored_weights(checkpoint: Described, num_layers: int) -> StoredWeights:
 def with_units(checkpoint: Described, shape: ModelShape) -> ModelShape:
     """The shape with what its units are, and what goes with one."""
     groups = {layer.num_attention_heads / layer.num_key_value_heads for layer in shape.layers if layer[1]}
-    single = groups != {1} and (len(groups) > 1 or all(layer.num_key_value_heads <= 1 for layer in shape.layers))
+    alone = all(layer.num_key_value_heads <= 1 for layer in shape.layers) or (
+        checkpoint.prefers_query_heads and shape.parts_groups
+    )
+    single = groups != {1} and (len(groups) > 1 or alone)
     wish = checkpoint.attention_unit or ("query_head" if single else "kv_group")
     unit = shape.with_attention_unit(wish).attention_unit
     entries = _unit_entries(checkpoint, shape.model_copy(update={"attention_unit": "query_head"}), "attention")[1]

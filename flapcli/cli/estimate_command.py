@@ -52,6 +52,7 @@ def estimate(
         display.doing(f"reading the headers of {model}")
         checkpoint = open_checkpoint(with_headers(model, hub_of(hub), Path(scratch)), hub_of(hub))
         checkpoint.attention_unit = attention_unit
+        checkpoint.prefers_query_heads = stages.calibrate.prefers_query_heads
         display.doing(IMPORTING)
         from flapcli.estimation.estimate import estimate as estimated
 

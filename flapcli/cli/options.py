@@ -42,7 +42,7 @@ PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan to read.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw what the plan keeps into this .png or .svg file.")]
 Preset = Annotated[PresetName, _common(
     help="What options left out mean. paper: FLAP as published. best: Fisher information, least squares without "
-    "biases, and beside the calibration windows three eighths as many that the model writes.")]
+    "biases, single query heads, and beside the calibration windows as many that the model writes.")]
 Model = Annotated[str, typer.Argument(
     metavar="[MODEL]", help="Hub id, checkpoint folder, .gguf file, or `demo` (SmolLM2-135M-Instruct).")]
 DenseModel = Annotated[str | None, typer.Option("--model", help="The dense model, if it lies elsewhere by now.")]
@@ -54,7 +54,7 @@ CompareRuns = Annotated[list[Path] | None, typer.Option(
 AttentionUnit = Annotated[s.AttentionUnit | None, typer.Option(
     "--attention-unit", rich_help_panel="Plan", help="What goes at once of attention whose heads share keys: a KV "
     "group with its query heads, or one query head of every group, whose keys stay.",
-    show_default="kv_group; query_head where all heads share one")]
+    show_default="kv_group; query_head where all heads share one, or by --preset best")]
 CheckModel = Annotated[str | None, typer.Option(
     "--check", metavar="MODEL", help="Try the description of this model's family on it.")]
 Outtype = Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(

@@ -13,7 +13,8 @@ from flapcli.texts.mixture import SELF, combined
 class Preset:
     """What the stages do where the command line leaves it open; None leaves it to the option's own default.
 
-    `own_text`: windows of text that the model writes itself, for each window asked for, beside these.
+    `own_text`: beside the windows asked for as many of text that the model writes itself. `query_heads`: units of
+    attention are single query heads, of models whose heads share keys in equal groups.
     """
 
     metric: Literal["FISHER-OBS"] | None = None
@@ -21,7 +22,8 @@ class Preset:
     compensate: Compensate | None = None
     bias: bool = True
     sequential: bool = False
-    own_text: float = 0.0
+    own_text: bool = False
+    query_heads: bool = False
 
     def compensation(
         self, compensate: Compensate | None, bias: bool | None, sequential: bool | None
@@ -38,16 +40,15 @@ class Preset:
         """
         given = combined(named) if named else default
         asked = named is None or list(named) == [given]
-        own = round(self.own_text * nsamples)
-        if not asked or given == SELF or own == 0:
+        if not (self.own_text and asked) or given == SELF:
             return given, nsamples
-        return combined([f"{given}:{nsamples}", f"{SELF}:{own}"]), nsamples + own
+        return combined([given, SELF]), 2 * nsamples
 
 
 PRESETS = {
     "paper": Preset(),
     # What won in trials, of which tests/benchmarks/README.md tells; quality.py beside it holds it against the others.
-    "best": Preset("FISHER-OBS", "AL-AM", "lstsq", bias=False, sequential=True, own_text=0.375),
+    "best": Preset("FISHER-OBS", "AL-AM", "lstsq", bias=False, sequential=True, own_text=True, query_heads=True),
 }
 
 

@@ -100,7 +100,7 @@ def resolve(asked: Asked) -> Stages:
     return Stages(
         CalibrateOptions(
             text, nsamples, windows.seqlen, calibration.seed, calibration.dtype, gram, windows.text_column,
-            calibration.gram_dtype, fisher, asked.attention_unit,
+            calibration.gram_dtype, fisher, asked.attention_unit, chosen.query_heads,
         ),
         PlanOptions(
             units.method, metric, structure, PlanOptions.ratio if amount.ratio is None else amount.ratio,

@@ -54,7 +54,10 @@ def fisher_windows(count: int) -> int:
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """What decides the statistics. `dataset` None: pydoc for the demo, else wikitext2."""
+    """What decides the statistics. `dataset` None: pydoc for the demo, else wikitext2.
+
+    `attention_unit` None: what suits the model, single query heads where `prefers_query_heads` and its layers allow it.
+    """
 
     dataset: str | None = None
     nsamples: int = 1024
@@ -66,6 +69,7 @@ class CalibrateOptions:
     gram_dtype: Literal["float32", "bfloat16"] = "float32"
     fisher: bool = False
     attention_unit: AttentionUnit | None = None
+    prefers_query_heads: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ def calibrate_asked(header: StatsHeader, best: Preset) -> Asked:
         if is_best := (Mixture.read(made) == mixture and total == header.calibration.nsamples):
             named = texts
             options |= {"nsamples": counts[texts[0]], "gram": False, "fisher": False}
+            if header.model.parts_groups:  # into query heads, by the preset alone
+                options["attention_unit"] = None if options["attention_unit"] else "kv_group"
     options["dataset"] = None if named == [default] else named
     return Asked.of("calibrate", options, defaults, is_best)
 

@@ -3,15 +3,17 @@
 import json
 
 import pytest
+from support.edits import edit_keep
 
 from flapcli.artifacts.plan import load_plan
 from flapcli.artifacts.stats import load_header
 from flapcli.checkpoints import open_checkpoint
 from flapcli.cli.presets import PRESETS, preset_of
 from flapcli.texts.mixture import Mixture
+from flapcli.views.commands import calibrate_asked
 
 SPELLED = {
-    "calibrate": "--gram --fisher --dataset {text}:16 --dataset self:6 --nsamples 22",
+    "calibrate": "--gram --fisher --dataset {text}:16 --dataset self:16 --nsamples 32 --attention-unit query_head",
     "plan": "--metric FISHER-OBS --structure AL-AM",
     "apply": "--compensate lstsq --no-bias --sequential",
 }
@@ -32,6 +34,25 @@ def test_best_is_what_it_stands_for(tiny, text_file, flap, tmp_path):
     for name in ("stats.safetensors", "plan.yaml", "pruned/model-00001-of-00001.safetensors"):
         assert (best / name).read_bytes() == (spelled / name).read_bytes()
     assert load_plan(best / "plan.yaml").metric == "FISHER-OBS"
+
+
+def test_best_takes_query_heads_where_layers_allow_it(tiny, text_file, flap, tmp_path):
+    """And says of KV groups that they were asked for, where they could have been parted."""
+    model, run = tiny("llama-gqa"), tmp_path / "run"
+    options = f"--preset best --dataset {text_file} --nsamples 4 --seqlen 16".split()
+    flap("calibrate", model, "-d", run, *options)
+    parted = load_header(run / "stats.safetensors")
+    assert parted.model.attention_unit == "query_head"
+    whole = parted.model_copy(update={"model": parted.model.with_attention_unit("kv_group")})
+    lines = [calibrate_asked(header, PRESETS["best"]).line([], "run") for header in (parted, whole)]
+    assert ["--attention-unit" in line for line in lines] == [False, True]
+    flap("calibrate", model, "-d", run, *options, "--attention-unit", "kv_group")
+    flap("plan", "-d", run, "--ratio", 0)
+    edit_keep(run, (0, "attention"), keep="0")
+    flap("apply", "-d", run, "--compensate", "none")
+    unlike = open_checkpoint(str(run / "pruned"))
+    unlike.prefers_query_heads = True
+    assert unlike.shape.attention_unit is None and not unlike.shape.parts_groups
 
 
 def test_run_and_sweep_take_it(tiny, text_file, flap, tmp_path):
@@ -58,19 +79,15 @@ def test_run_and_sweep_take_it(tiny, text_file, flap, tmp_path):
 )
 @pytest.mark.parametrize("nsamples", [128, 1024, 11])
 def test_text_of_best(named, found, nsamples):
-    """All windows asked for, and three eighths as many of the model's own beside them."""
+    """All windows asked for, and as many of the model's own beside them."""
     mixture, total = PRESETS["best"].text(named, "pydoc", nsamples)
     assert list(Mixture.read(mixture).sources) == found
     counts = Mixture.read(mixture).counts(total)
     if "self" in found[1:]:
-        assert counts == [nsamples, round(nsamples * 3 / 8)]
+        assert counts == [nsamples, nsamples]
     else:
         assert sum(counts) == nsamples
     assert PRESETS["paper"].text(["ptb"], "pydoc", nsamples) == ("ptb", nsamples)
-
-
-def test_too_few_windows_for_own_text():
-    assert PRESETS["best"].text(None, "pydoc", 1) == ("pydoc", 1)
 
 
 def test_given_options_stand(tiny, text_file, flap, tmp_path):

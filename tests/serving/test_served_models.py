@@ -21,7 +21,7 @@ TEXTS = [
 # By case: options of plan, options of apply, whether layers have sizes of their own.
 FORMS = {
     "uneven, biases": ("--ratio 0.2", "", True),
-    "uneven, lstsq --no-bias": ("--ratio 0.3", "--compensate lstsq --no-bias", True),
+    "uneven, lstsq --no-bias": ("--ratio 0.3 --attention-unit query_head", "--compensate lstsq --no-bias", True),
     "even, biases": ("--ratio 0.2 --structure UL-UM", "", False),
     "even, lstsq --no-bias": ("--ratio 0.2 --structure UL-UM", "--compensate lstsq --no-bias", False),
     "depth": ("--method depth --ratio 0.2", "", False),
