@@ -52,10 +52,10 @@ METHODS = {
     "no-bias": ("--gram", "", "--compensate lstsq --no-bias"),
     "best": ("--preset best", "--preset best", "--preset best"),
 }
-# Single query heads in the place of KV groups, for models that have these.
+# The other unit of attention, for models that have both.
 HEADS = {
     "paper-heads": ("--gram --attention-unit query_head", "", "--compensate bias"),
-    "best-heads": ("--preset best --attention-unit query_head", "--preset best", "--preset best"),
+    "best-groups": ("--preset best --attention-unit kv_group", "--preset best", "--preset best"),
 }
 PEERS = {"osscar": osscar}  # other people's code
 AUTHORS = {"0.2": 34.11, "0.3": 54.58, "0.5": 212.4}  # the authors' code, mha, 128 windows, float32 (METHOD.md)
