@@ -15,6 +15,8 @@ from flapcli.execution.memory import stay_in_memory
 from flapcli.progress import Advance
 from flapcli.storage.resume import Resume
 
+Part = tuple[slice, torch.Tensor]  # of hidden states: which windows, and what they are
+
 
 def stream(work: Workload, resume: Resume, writer: StatsWriter | None, activation_memory: int) -> None:
     """Write the statistics of the workload's windows layer by layer into `writer`, rank 0's.
@@ -73,10 +75,10 @@ class Kept:
     sample: Sample
     states: HiddenStates
 
-    def of(self, part: slice, states: torch.Tensor) -> tuple[slice, torch.Tensor]:
-        """What is needed of a batch, a copy, and where it goes in `states`."""
+    def of(self, part: slice, states: torch.Tensor) -> Part | None:
+        """What is needed of a batch, a copy, and where it goes in `states`; None where nothing is."""
         within = self.sample.within(part)
-        return within, states[self.sample.places[within] - part.start]
+        return (within, states[self.sample.places[within] - part.start]) if within.start < within.stop else None
 
 
 @dataclass
@@ -143,12 +145,12 @@ class ForwardPass(LayerWalk):
 
         self.layerwise.run(layer, step, advance)
 
-    def _kept(self, part: slice, states: torch.Tensor) -> tuple[slice, torch.Tensor] | None:
+    def _kept(self, part: slice, states: torch.Tensor) -> Part | None:
         return self.kept.of(part, states) if self.kept else None
 
-    def _write(self, part: slice, states: torch.Tensor, kept: tuple[slice, torch.Tensor] | None) -> None:
+    def _write(self, part: slice, states: torch.Tensor, kept: Part | None) -> None:
         self.hidden.write(part, states)
-        if self.kept and kept and kept[0].start < kept[0].stop:
+        if self.kept and kept:
             self.kept.states.write(*kept)
 
 
@@ -220,7 +222,7 @@ class BackwardPass(LayerWalk):
         def step(part: slice, forward: Forward) -> None:
             self.recorder.begin(part)
             gradient = gradient_before(forward, self.kept.read(part), self.gradient.read(part)).to(self.gradient.dtype)
-            self.recorder.commit()  # nor here
+            self.recorder.commit()  # from here on nothing takes memory, as in the forward pass
             if layer.index:
                 self.gradient.write(part, gradient)
             self._check()

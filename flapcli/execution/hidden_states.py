@@ -17,8 +17,6 @@ from flapcli.storage.atomic import atomic_file, require_space
 from flapcli.storage.resume import Resume
 from flapcli.storage.safetensors_file import read_into
 
-CPU = torch.device("cpu")
-
 
 class HiddenStates:
     """(windows, tokens, hidden size) of one dtype, where layers on `device` read their input and write their output.
@@ -35,8 +33,8 @@ class HiddenStates:
         dtype: torch.dtype,
         in_memory: bool,
         resume: Resume,
-        name: str = "hidden",
-        device: torch.device = CPU,
+        name: str,
+        device: torch.device,
     ) -> None:
         self.shape, self.dtype, self.resume, self.name, self.device = shape, dtype, resume, name, device
         self.window_bytes = shape[1] * shape[2] * dtype.itemsize

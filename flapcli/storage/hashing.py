@@ -12,11 +12,15 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. `flap run` asks twice for that of statistics, which takes a second a GB."""
     stat = path.stat()
     known = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    return _sha256(path, known) if stat.st_size >= LARGE else _sha256.__wrapped__(path, known)
+    return _remembered(path, known) if stat.st_size >= LARGE else _read(path)
 
 
 @lru_cache(maxsize=8)
-def _sha256(path: Path, _known: tuple[int, ...]) -> str:
+def _remembered(path: Path, _known: tuple[int, ...]) -> str:
+    return _read(path)
+
+
+def _read(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
