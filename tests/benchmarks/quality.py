@@ -8,7 +8,7 @@ calibrated on pydoc (`best`: as its preset says), bfloat16. Read on pydoc's test
 encyclopedia text, which options are chosen by, on Australian news and on code, which none are: perplexity, bits per
 byte, divergence from the dense model, equal next tokens; and questions of four answers. Rows that are in DIR/rows.jsonl
 are not measured again, so an interrupted run goes on; those of two texts, of an earlier script, are. Hours on 2 cores
-with 1024 windows; `--nsamples 128`, `--models gqa` and the like do a part.
+with 1024 windows; `--nsamples 128`, `--models gqa`, `--no-questions` and the like do a part.
 """
 
 import argparse
@@ -71,10 +71,12 @@ def main() -> None:
     parser.add_argument("--models", default="mha,gqa,gemma")
     parser.add_argument("--ratios", default=",".join(RATIOS))
     parser.add_argument("--methods", default=",".join(METHODS), help=f"also {', '.join([*HEADS, *PEERS])}")
+    parser.add_argument("--questions", action=argparse.BooleanOptionalAction, default=True, help="slow")
     asked = parser.parse_args()
     asked.dir.mkdir(parents=True, exist_ok=True)
-    rows = Rows(asked.dir / "rows.jsonl", "texts")
-    texts, tasks = write_texts(asked.wheel, asked.dir), write_task(asked.wheel, asked.dir / "task")
+    rows = Rows(asked.dir / "rows.jsonl", "acc" if asked.questions else "texts")
+    texts = write_texts(asked.wheel, asked.dir)
+    tasks = write_task(asked.wheel, asked.dir / "task") if asked.questions else None
     nsamples, kinds, ratios, methods = (
         value.split(",") for value in (asked.nsamples, asked.models, asked.ratios, asked.methods)
     )
@@ -99,7 +101,7 @@ class Dense:
     kind: str
     folder: Path
     texts: dict[str, str]
-    tasks: Path
+    tasks: Path | None
     stack: ExitStack
     known: bool
 
@@ -109,11 +111,12 @@ class Dense:
 
     @cached_property
     def _measuring(self) -> Measuring:
-        options = EvalOptions(
-            tuple(self.texts.values()), dtype="bfloat16", tasks=(TASK,), include_path=str(self.tasks), divergence=True
-        )
+        options = EvalOptions(tuple(self.texts.values()), dtype="bfloat16", divergence=True)
+        tasks = None
+        if self.tasks:
+            options = replace(options, tasks=(TASK,), include_path=str(self.tasks))
+            tasks = Tasks(options, task_manager(options.tasks, options.include_path)).load(Silent())
         runtime = Runtime.of_eval(Execution(), options.dtype)
-        tasks = Tasks(options, task_manager(options.tasks, options.include_path)).load(Silent())
         return Measuring(options, tasks, False, runtime, Silent(), self.stack.enter_context(References(runtime)))
 
     @cached_property
@@ -167,7 +170,7 @@ class Rows:
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
         self.found: dict[Key, dict[str, Any]] = {
-            tuple(row["key"]): row for row in map(json.loads, lines) if needed in row
+            tuple(row["key"]): row for row in map(json.loads, lines) if row.get(needed) is not None
         }
 
     def measure(self, key: Key, work: Callable[[], dict[str, Any] | None]) -> None:
@@ -188,7 +191,7 @@ class Rows:
             row = self.found[key]
             cells = [f"{t['perplexity']:.2f}, {t['bits_per_byte']:.3f}, {t['kl']:.3f}, {t['equal_tokens']:.1%}"
                      for t in map(row["texts"].get, texts)]  # fmt: skip
-            print("| " + " | ".join([*key, *cells, f"{row['acc']:.3f}"]) + " |")
+            print("| " + " | ".join([*key, *cells, "" if row["acc"] is None else f"{row['acc']:.3f}"]) + " |")
         self.shares()
 
     def shares(self) -> None:
