@@ -7,7 +7,6 @@ layer at once. Every layer loses as many KV groups and neurons, as the package a
 """
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from peers import counts, put_aside
 
 from flapcli.checkpoints import open_checkpoint
 from flapcli.execution.device import Runtime
@@ -30,15 +30,10 @@ Hessians = dict[torch.nn.Module, torch.Tensor]
 
 def solver(folder: Path) -> tuple[ModuleType, ModuleType] | None:
     """The package's modules that sparsify a weight and pack a model, put into `folder` by pip; None without it."""
-    if not (folder / "fmchisel").exists():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), PACKAGE]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"osscar is left out: pip can't install {PACKAGE}: {done.stderr.strip().splitlines()[-1:]}")
-            return None
+    if not put_aside(PACKAGE, "fmchisel", folder, "osscar"):
+        return None
     stand_in("llmcompressor.modifiers.factory", ModifierFactory=SimpleNamespace(refresh=lambda: None))
     stand_in("llmcompressor.modifiers.obcq.sgpt_sparsify", SGPT_PRECISION=torch.float32)
-    sys.path.insert(0, str(folder))
     utils = "fmchisel.pruning.osscar.utils"
     return import_module(f"{utils}.osscar_sparsify"), import_module(f"{utils}.helpers")
 
@@ -82,18 +77,6 @@ def osscar(name: str, nsamples: int, ratio: float, folder: Path) -> tuple[Path, 
     for spare in (dense, Path(f"{pruned}-uncompressed")):
         shutil.rmtree(spare)
     return pruned, achieved
-
-
-def counts(model: torch.nn.Module, ratio: float) -> tuple[int, int, float]:
-    """KV groups and neurons that every layer loses, the groups as near the ratio as they can, and what both come to."""
-    layer, config = model.model.layers[0], model.config
-    attention, mlp = (
-        sum(p.numel() for p in module.parameters() if p.ndim > 1) for module in (layer.self_attn, layer.mlp)
-    )
-    group, neuron, whole = attention / config.num_key_value_heads, mlp / config.intermediate_size, attention + mlp
-    groups = min(round(ratio * config.num_key_value_heads), config.num_key_value_heads - 1)
-    neurons = round((ratio * whole - groups * group) / neuron)
-    return groups, neurons, (groups * group + neurons * neuron) / whole
 
 
 def measured(sparsify: ModuleType, modules: Iterable[torch.nn.Module], go: Callable[[], None]) -> Hessians:
