@@ -25,6 +25,7 @@ from typing import Any
 from osscar import osscar
 from paper import flap
 from quality_texts import TASK, write_task, write_texts
+from torch_pruning_peer import torch_pruning
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.gemma import gemma_folder
@@ -57,7 +58,7 @@ HEADS = {
     "paper-heads": ("--gram --attention-unit query_head", "", "--compensate bias"),
     "best-groups": ("--preset best --attention-unit kv_group", "--preset best", "--preset best"),
 }
-PEERS = {"osscar": osscar}  # other people's code
+PEERS = {"osscar": osscar, "torch-pruning": torch_pruning}  # other people's code
 AUTHORS = {"0.2": 34.11, "0.3": 54.58, "0.5": 212.4}  # the authors' code, mha, 128 windows, float32 (METHOD.md)
 AIMS = {"0.2": 0.28, "0.3": 0.24, "0.5": 0.15}  # of the authors' loss over dense
 Key = tuple[str, ...]
