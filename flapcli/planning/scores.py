@@ -15,7 +15,7 @@ from flapcli.artifacts.few_tokens import over_experts, shrunk
 from flapcli.artifacts.stats import ExpertStats, ModuleStats, Stats
 from flapcli.errors import FlapError, UsageError
 
-ELIMINATION_WEIGHT = 2.0  # of a head's elimination beside a neuron's Fisher information (METHOD.md, Elimination)
+ELIMINATION_WEIGHT = 3.0  # of a head's elimination beside a neuron's Fisher information (METHOD.md, Elimination)
 
 Scores = NDArray[np.float64]
 UnitScores = dict[tuple[int, Module], Scores]
@@ -42,7 +42,7 @@ def fisher(stats: Stats) -> UnitScores:
 
 
 def fisher_obs(stats: Stats) -> UnitScores:
-    """S_u = 2 E_u / parameters_u in attention, F_u / parameters_u in the MLP (METHOD.md, Elimination).
+    """S_u = 3 E_u / parameters_u in attention, F_u / parameters_u in the MLP (METHOD.md, Elimination).
 
     Raises FlapError where calibration did not keep both Gram matrices and Fisher information.
     """

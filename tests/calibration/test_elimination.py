@@ -167,7 +167,7 @@ def test_plan_takes_the_lowest_per_parameter(tiny, flap, text_file, tmp_path):
     scores = {
         (i, m, u): float(value) / stats.model.unit_parameters(m)
         for (i, m), values in stats.fisher.items()
-        for u, value in enumerate(2 * stats.elimination[i, m] if m == "attention" else values)
+        for u, value in enumerate(3 * stats.elimination[i, m] if m == "attention" else values)
     }
     kept = {(i, m, int(u)) for i, m in stats.fisher for u in made.kept(i, m)}
     gone = scores.keys() - kept
@@ -181,7 +181,7 @@ def test_plan_takes_the_lowest_per_parameter(tiny, flap, text_file, tmp_path):
 
 def test_run_and_sweep_measure_what_it_needs(tiny, flap, text_file, tmp_path):
     args = (tiny("qwen2"), "--dataset", text_file, "--perplexity", text_file, *SMALL_FISHER, "--metric", "FISHER-OBS")
-    flap("run", *args, "-d", tmp_path / "run")
+    flap("run", *args, "-d", tmp_path / "run", "--preset", "paper")
     flap("sweep", *args, "-d", tmp_path / "sweep", "--ratios", "0.2")
     for run in ("run", "sweep"):
         assert load_stats(tmp_path / run / "stats.safetensors").elimination is not None
