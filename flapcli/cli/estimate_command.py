@@ -13,7 +13,7 @@ from flapcli.views.display import Display
 def estimate(
     model: o.Model = "demo",
     run_dir: o.Run = RUN,
-    preset: o.Preset = "paper",
+    preset: o.PresetOfRun = None,
     *,
     amount: o.AmountGroup,
     units: o.UnitGroup,

@@ -40,9 +40,12 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write th
 StatsFile = Annotated[Path | None, typer.Option("--stats", help="Statistics to read.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Plan to read.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw what the plan keeps into this .png or .svg file.")]
-Preset = Annotated[PresetName, _common(
+_preset = partial(
+    _common,
     help="What options left out mean. paper: FLAP as published. best: Fisher information, least squares without "
-    "biases, single query heads, and beside the calibration windows as many that the model writes.")]
+    "biases, single query heads, and beside the calibration windows as many that the model writes.")
+Preset = Annotated[PresetName, _preset()]
+PresetOfRun = Annotated[PresetName | None, _preset(show_default="best; paper for baselines")]
 Model = Annotated[str, typer.Argument(
     metavar="[MODEL]", help="Hub id, checkpoint folder, .gguf file, or `demo` (SmolLM2-135M-Instruct).")]
 DenseModel = Annotated[str | None, typer.Option("--model", help="The dense model, if it lies elsewhere by now.")]
@@ -86,7 +89,8 @@ class CalibrationGroup:
     dataset: Annotated[list[str] | None, _common(
         help="Calibration text: wikitext2, ptb, c4, pydoc, a .txt, .jsonl or .parquet file, or self (which the model "
         "writes itself); repeatable, with shares as in pydoc:0.7.", show_default="wikitext2; pydoc for demo")] = None
-    nsamples: Annotated[int, _common(min=1, help="Calibration windows.")] = s.CalibrateOptions.nsamples
+    nsamples: Annotated[int | None, _common(
+        min=1, help="Calibration windows.", show_default="1024; 128 by --preset best")] = None
     seed: Annotated[int, _in_text(help="Seed of the windows' places, and of what self samples.")] = 0
     dtype: Annotated[Dtype, _in_calibration(
         "--dtype", help="What the model runs in; auto: bfloat16 where the hardware has it.")] = "auto"

@@ -37,7 +37,7 @@ class Asked:
     """
 
     model: str = DEMO
-    preset: o.PresetName = "paper"
+    preset: o.PresetName | None = "paper"
     windows: o.WindowGroup = field(default_factory=o.WindowGroup)
     calibration: o.CalibrationGroup = field(default_factory=o.CalibrationGroup)
     units: o.UnitGroup = field(default_factory=o.UnitGroup)

@@ -22,7 +22,7 @@ COUNTS = {3: "three", 4: "four", 5: "five"}
 def run(
     model: o.Model = "demo",
     run_dir: o.Run = RUN,
-    preset: o.Preset = "paper",
+    preset: o.PresetOfRun = None,
     *,
     amount: o.AmountGroup,
     units: o.UnitGroup,

@@ -34,7 +34,9 @@ class Preset(Protocol):
     def bias(self) -> bool: ...
     @property
     def sequential(self) -> bool: ...
-    def text(self, named: Sequence[str] | None, default: str, nsamples: int) -> tuple[str, int]: ...
+    @property
+    def nsamples(self) -> int: ...
+    def text(self, named: Sequence[str] | None, default: str, nsamples: int | None = None) -> tuple[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def calibrate_asked(header: StatsHeader, best: Preset) -> Asked:
         if is_best := (Mixture.read(made) == mixture and total == header.calibration.nsamples):
             named = texts
             options |= {"nsamples": counts[texts[0]], "gram": False, "fisher": False}
+            defaults["nsamples"] = best.nsamples
             if header.model.parts_groups:  # into query heads, by the preset alone
                 options["attention_unit"] = None if options["attention_unit"] else "kv_group"
     options["dataset"] = None if named == [default] else named
@@ -171,8 +174,9 @@ def made_anew(
     ]
     there = [stage for stage in stages if stage]
     whole = _as_run(there) if len(there) == len(stages) and not healed else None
-    if whole:
-        return [whole.line(model, run_dir)]
+    if whole and plan:
+        paper = {} if whole.best or plan.method != "flap" else {"preset": "paper"}
+        return [Asked("run", paper | whole.options).line(model, run_dir)]
     if healed:
         there.insert(3 if len(there) == len(stages) else len(there), heal_asked(healed))
     arguments = {"calibrate": model, "eval": [measured] if measured else []}
@@ -196,7 +200,7 @@ def sweep_anew(header: StatsHeader | None, sweep: Sweep, run_dir: str, best: Pre
 
 
 def _as_run(stages: Sequence[Asked]) -> Asked | None:
-    """The four stages as options of `flap run`; None where that has no words for them."""
+    """The four stages as options of one command for all; None where that has no words for them."""
     calibrate, plan, apply, evaluate = stages
     shared = ("seqlen", "text_column")
     told = {key for stage in stages for key in stage.options}

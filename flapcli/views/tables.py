@@ -77,7 +77,8 @@ def show_plan(plan: Plan) -> None:
     bars = out.width >= 10 + len(plan.present) * (BAR + 15)  # else the counts alone
     for module in plan.present:
         unit = plan.layers[0].module(module).unit + "s"
-        table.add_column(unit if bars else f"{module}: {unit}", justify="right", no_wrap=bars)
+        short = unit.removeprefix("query_")  # bars take what room 80 columns have
+        table.add_column(short if bars else f"{module}: {unit}", justify="right", no_wrap=bars)
         if bars:
             table.add_column(f"{module} kept", no_wrap=True)
     for layer, *counts in zip(plan.layers, *map(plan.counts, plan.present), strict=True):

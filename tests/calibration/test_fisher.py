@@ -326,5 +326,5 @@ def test_plan_by_fisher(tiny, flap, text_file, tmp_path):
 
 def test_run_by_fisher_measures_it(tiny, flap, text_file, tmp_path):
     flap("run", tiny("qwen2"), "-d", tmp_path, "--dataset", text_file, "--perplexity", text_file, *SMALL_FISHER,
-         "--metric", "FISHER")  # fmt: skip
+         "--preset", "paper", "--metric", "FISHER")  # fmt: skip
     assert load_stats(tmp_path / "stats.safetensors").fisher is not None

@@ -20,7 +20,7 @@ from flapcli.texts.corpus import evaluation_windows
 def demo(flap, tmp_path_factory):
     """The README's main job on fewer windows, and its JSON."""
     run = tmp_path_factory.mktemp("demo") / "run"
-    result = flap("run", "demo", "-d", run, "--nsamples", 64, "--json")
+    result = flap("run", "demo", "-d", run, "--preset", "paper", "--nsamples", 64, "--json")
     return run, json.loads(result.stdout)
 
 
@@ -69,7 +69,7 @@ def test_run_prunes_saves_and_measures(demo):
 def test_again_every_stage_answers_from_its_cache(demo, flap):
     run, _ = demo
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    result = flap("run", "demo", "-d", run, "--nsamples", 64)
+    result = flap("run", "demo", "-d", run, "--preset", "paper", "--nsamples", 64)
     assert result.stderr.count("up to date") == 4
     said = result.stdout
     assert re.search(

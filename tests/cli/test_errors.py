@@ -165,7 +165,7 @@ def test_misuse_of_other_stages(flap, run, text_file, arguments, words):
         ("--method depth --round-to 8", "--round-to: --method depth drops whole layers"),
         ("--preset best --attention-exponent 1", "--attention-exponent: --metric FISHER-OBS"),
         ("--max-shard-size 5X", "--max-shard-size 5X: give a size"),
-        ("--no-bias", "--no-bias is for --compensate lstsq"),
+        ("--preset paper --no-bias", "--no-bias is for --compensate lstsq"),
         ("--limit 5", "--limit is for --tasks"),
         ("--perplexity nowhere.txt", "no such file"),
     ],

@@ -28,20 +28,21 @@ def stages(flap, *args):
 def test_the_way_that_the_stages_would_go(tiny, flap, text_file, tmp_path):
     model, run = tiny("llama-gqa"), tmp_path / "none" / "run"
     args = (model, "-d", run, "--dataset", text_file, "--nsamples", 8, "--seqlen", 16, "--dtype", "float32")
-    found, whole = stages(flap, *args, "--ratio", 0.5)
+    paper = (*args, "--preset", "paper")
+    found, whole = stages(flap, *paper, "--ratio", 0.5)
     checkpoint = open_checkpoint(str(model))
     assert (found["parameters"], found["bytes"]) == (checkpoint.shape.parameters, checkpoint.nbytes)
     assert {need["way"] for need in whole.values()} == {"in memory", "no model", "tensor by tensor"}
     runtime = Runtime(torch.device("cpu"), torch.float32)
     assert whole["calibrate"]["memory"] > in_memory_bytes(checkpoint, runtime, Demand(16))
-    _, layers = stages(flap, *args, "--stream", "--target-params", "75%")
+    _, layers = stages(flap, *paper, "--stream", "--target-params", "75%")
     assert layers["calibrate"]["way"] == layers["eval"]["way"] == "layer by layer"
     assert layers["apply"]["disk"] == int(0.75 * found["parameters"]) * 4
-    _, best = stages(flap, *args, "--preset", "best")
+    _, best = stages(flap, *args)
     assert best["apply"]["reads"] > whole["apply"]["reads"]  # Gram matrices
     assert all(need["seconds"] > 0 for need in best.values())
     assert not run.parent.exists()
-    shown = flap("estimate", *args).stdout
+    shown = flap("estimate", *paper).stdout
     assert "computed, not measured" in shown and "tensor by tensor" in shown
 
 

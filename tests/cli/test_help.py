@@ -8,7 +8,8 @@ from typer.main import get_command
 from flapcli.cli.app import app
 
 DEFAULTS = {
-    "calibrate": ["wikitext2; pydoc for demo", "--stream where the weights exceed the device's free memory", "1024"],
+    "calibrate": ["wikitext2; pydoc for demo", "--stream where the weights exceed the device's free memory",
+                  "1024; 128 by --preset best"],
     "plan": [
         "0.2", "WIFV; FISHER-OBS by --preset best", "AL-AM", "2 for flap, 1 for baselines",
         "as apply adds them by default: for flap, not for baselines or --preset best",
@@ -20,7 +21,7 @@ DEFAULTS = {
     ],
     "heal": ["DIR/pruned", "the calibration's text and self, half each", "1000000", "0.001; 5e-05 with --full"],
     "eval": ["DIR/pruned", "the calibration text's test part", "the task's own or 0", "its own choice"],
-    "run": ["0.2", "wikitext2; pydoc for demo", "the source's"],
+    "run": ["best; paper for baselines", "0.2", "wikitext2; pydoc for demo", "the source's"],
     "sweep": ["0.1,0.2,0.3,0.5", "the source's"],
     "generate": ["DIR/pruned"],
     "export": ["DIR/pruned"],

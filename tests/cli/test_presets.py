@@ -57,12 +57,14 @@ def test_best_takes_query_heads_where_layers_allow_it(tiny, text_file, flap, tmp
 
 def test_run_and_sweep_take_it(tiny, text_file, flap, tmp_path):
     model, run = tiny("llama-gqa"), tmp_path / "run"
-    options = ["--preset", "best", "--dataset", text_file, "--nsamples", 20, "--seqlen", 16, "--perplexity", text_file]
-    flap("run", model, "-d", run, "--ratio", 0.3, *options)
+    options = ["--dataset", text_file, "--seqlen", 16, "--perplexity", text_file, "--perplexity-windows", 20]
+    flap("run", model, "-d", run, "--ratio", 0.3, *options)  # best is its default
+    assert load_header(run / "stats.safetensors").calibration.nsamples == 256
     config = json.loads((run / "pruned" / "config.json").read_text())["flap"]
     assert config["made_by"]["compensate"] == "lstsq"
     assert config["made_by"]["lstsq_bias"] is False
-    rows = json.loads(flap("sweep", model, "-d", run, "--ratios", 0.3, *options, "--json").stdout)["rows"]
+    swept = flap("sweep", model, "-d", run, "--preset", "best", "--ratios", 0.3, *options, "--json")
+    rows = json.loads(swept.stdout)["rows"]
     one = json.loads((run / "eval.json").read_text())
     assert rows[0]["perplexity"] == one["perplexity"]
 
@@ -88,6 +90,10 @@ def test_text_of_best(named, found, nsamples):
     else:
         assert sum(counts) == nsamples
     assert PRESETS["paper"].text(["ptb"], "pydoc", nsamples) == ("ptb", nsamples)
+
+
+def test_each_preset_has_its_number_of_windows():
+    assert [PRESETS[name].text(["ptb:1"], "pydoc")[1] for name in ("paper", "best")] == [1024, 128]
 
 
 def test_given_options_stand(tiny, text_file, flap, tmp_path):
@@ -121,7 +127,8 @@ def test_refused(tiny, text_file, flap, tmp_path):
     assert "--preset best: --method mag-sp is a baseline" in refused.stderr
     flap("calibrate", tiny("llama-gqa"), "-d", run, "--dataset", text_file, "--nsamples", 8, "--seqlen", 16)
     assert "flap calibrate --gram --fisher" in flap("plan", "-d", run, "--preset", "best", code=1).stderr
-    assert preset_of("paper", "mag-sp") == PRESETS["paper"]
+    assert preset_of("paper", "mag-sp") == preset_of(None, "mag-sp") == PRESETS["paper"]
+    assert preset_of(None) == PRESETS["best"]
 
 
 def test_a_target_counts_biases_that_are_given_beside_the_preset(tiny, text_file, flap, tmp_path):

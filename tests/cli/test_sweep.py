@@ -36,7 +36,7 @@ def test_rows_are_those_of_separate_runs(swept, arguments, flap, tmp_path, text_
     assert (run / "sweep" / "dense.json").exists()
     for row in sweep.rows:
         alone = tmp_path / str(row.ratio)
-        flap("run", arguments[0], *arguments[3:], "-d", alone, "--ratio", row.ratio)
+        flap("run", arguments[0], *arguments[3:], "-d", alone, "--ratio", row.ratio, "--preset", "paper")
         report = json.loads((alone / "eval.json").read_text())
         assert row.perplexity == report["perplexity"]
         assert sweep.dense.perplexity == report["baseline"]["perplexity"]

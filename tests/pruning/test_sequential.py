@@ -363,7 +363,11 @@ def test_another_text_by_now(tiny, flap, text_file, tmp_path):
 
 def test_misuse(calibrated, flap, tmp_path):
     run = calibrated("llama-gqa")
-    for command in (["apply", "-d", run], ["run", "demo", "-d", tmp_path], ["sweep", "demo", "-d", tmp_path]):
+    for command in (
+        ["apply", "-d", run],
+        ["run", "demo", "-d", tmp_path, "--preset", "paper"],
+        ["sweep", "demo", "-d", tmp_path],
+    ):
         result = flap(*command, "--sequential", code=2)
         assert (
             result.stderr.splitlines()[-1]
@@ -374,7 +378,7 @@ def test_misuse(calibrated, flap, tmp_path):
 def test_run_and_sweep_pass_it_on(tiny, flap, text_file, tmp_path):
     """Both end in the same perplexity, which is another one than without."""
     same = [tiny("llama-gqa"), "--dataset", text_file, *SMALL, "--compensate", "lstsq", "--seqlen", 24, "--no-baseline"]
-    flap("run", *same, "-d", tmp_path / "run", "--ratio", 0.3, "--sequential", "--batch-size", 5)
+    flap("run", *same, "-d", tmp_path / "run", "--preset", "paper", "--ratio", 0.3, "--sequential", "--batch-size", 5)
     made_by = json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())["flap"]["made_by"]
     assert (made_by["sequential"], made_by["ridge"]) == (True, 0.3)
     asked = apply_asked(made_by, None, PRESETS["best"]).options

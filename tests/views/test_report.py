@@ -94,8 +94,8 @@ def test_the_commands_on_the_page_make_the_run_anew(run, flap, tmp_path):
 @pytest.mark.parametrize(
     "typed",
     [
-        "--preset best --nsamples 8 --seed 3 --divergence",
-        "--ratio 0.3 --nsamples 12 --compensate none --round-to 8 --store-dtype bfloat16 --no-baseline",
+        "--nsamples 8 --seed 3 --divergence",
+        "--preset paper --ratio 0.3 --nsamples 12 --compensate none --round-to 8 --store-dtype bfloat16 --no-baseline",
         "--nsamples 8 --target-params 60000 --perplexity pydoc --perplexity-windows 2 --eval-dtype float32",
     ],
 )
