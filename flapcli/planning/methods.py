@@ -59,7 +59,7 @@ def checked(options: PlanOptions) -> tuple[str, Request]:
     if metric in UNIT_METRICS and exponent is not None:
         raise UsageError(
             f"--attention-exponent: --metric {metric} scores heads and neurons on one scale, to which no exponent "
-            "applies; leave --attention-exponent out"
+            "applies; give another --metric, or leave --attention-exponent out"
         )
     if not 0 <= ratio < 1:
         percent = f"; did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
