@@ -174,8 +174,8 @@ def made_anew(
     ]
     there = [stage for stage in stages if stage]
     whole = _as_run(there) if len(there) == len(stages) and not healed else None
-    if whole and plan:
-        paper = {} if whole.best or plan.method != "flap" else {"preset": "paper"}
+    if whole:
+        paper = {} if whole.best or "method" in whole.options else {"preset": "paper"}  # a baseline's anyway
         return [Asked("run", paper | whole.options).line(model, run_dir)]
     if healed:
         there.insert(3 if len(there) == len(stages) else len(there), heal_asked(healed))

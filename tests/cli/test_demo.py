@@ -18,7 +18,7 @@ from flapcli.texts.corpus import evaluation_windows
 
 @pytest.fixture(scope="module")
 def demo(flap, tmp_path_factory):
-    """The README's main job on fewer windows, and its JSON."""
+    """All stages as the paper has them, on fewer windows, and their JSON."""
     run = tmp_path_factory.mktemp("demo") / "run"
     result = flap("run", "demo", "-d", run, "--preset", "paper", "--nsamples", 64, "--json")
     return run, json.loads(result.stdout)
