@@ -26,6 +26,22 @@ def test_what_is_left_out_counts_as_one_more_token():
     assert (found < FULL).all()
 
 
+def test_its_gradient_is_that_of_the_formula():
+    def lumped(logits: torch.Tensor) -> torch.Tensor:
+        q, ids = logits.log_softmax(-1), teacher.ids
+        rest = q.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        p = torch.cat([teacher.logprobs, teacher.rest[:, None]], -1)
+        return (p.exp() * (p - torch.cat([q.gather(-1, ids), rest[:, None]], -1))).sum()
+
+    of = Likeliest.of(DENSE, 7)
+    teacher = Likeliest(of.logprobs.half().float(), of.ids, of.rest)  # as it is kept: not quite a distribution
+    logits = PRUNED.clone().requires_grad_()
+    found, wanted = (torch.autograd.grad(value, logits)[0] for value in (
+        (3 * divergence(logits, teacher)).sum(), 3 * lumped(logits)
+    ))  # fmt: skip
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_student_that_says_the_same_learns_nothing():
     logits = DENSE.clone().requires_grad_()
     loss = divergence(logits, Likeliest.of(DENSE, 7)).sum()
