@@ -45,14 +45,15 @@ class Objective:
         self, places: slice, parameters: Sequence[torch.nn.Parameter]
     ) -> tuple[float, Sequence[torch.Tensor | None]]:
         """The loss, and what it says to every parameter, by one pass back through the decoder."""
-        states, hidden, loss_of, targets = self._forward(places)
-        value, gradient = loss_and_gradient(states, self.start, loss_of)
-        ends, seeds = [states], [gradient]
-        if hidden and targets:
-            apart = self._hidden_loss(hidden, targets)
-            value += apart.item()
-            ends, seeds = [states, apart], [gradient, torch.ones_like(apart)]
-        return value, torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
+        with self.student.attention(self.text.windows.shape[1]):
+            states, hidden, loss_of, targets = self._forward(places)
+            value, gradient = loss_and_gradient(states, self.start, loss_of)
+            ends, seeds = [states], [gradient]
+            if hidden and targets:
+                apart = self._hidden_loss(hidden, targets)
+                value += apart.item()
+                ends, seeds = [states, apart], [gradient, torch.ones_like(apart)]
+            return value, torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
 
     def _forward(self, places: slice) -> tuple[torch.Tensor, list[torch.Tensor], RowsLoss, Targets | None]:
         """The student's states and hidden states, what makes losses of its states' rows, and what the teacher says."""

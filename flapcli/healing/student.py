@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,7 @@ from flapcli.execution.settings import Execution, HealOptions
 from flapcli.healing.forward import Forward
 from flapcli.storage.dtypes import dtype_name, torch_dtype
 
+SHORT = 256  # tokens, whose squares of attention a layer can keep
 SCALE = 2  # an adapter's product counts so many times, as is usual
 
 
@@ -58,6 +60,11 @@ class Student:
         """Within, matrices are multiplied in the type that the model runs in."""
         dtype = self.runtime.dtype
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.runtime.device.type, dtype)
+
+    def attention(self, seqlen: int) -> AbstractContextManager[None]:
+        """Within, short windows' attention is written out as products on a CPU: its fused way back takes longer."""
+        written_out = self.runtime.device.type == "cpu" and seqlen <= SHORT
+        return sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()
 
     @property
     def weights(self) -> list[str]:
