@@ -24,12 +24,12 @@ class Likeliest:
     @classmethod
     def of(cls, logits: torch.Tensor, k: int | None = None) -> "Likeliest":
         """Of logits (n, vocabulary); k None keeps all."""
-        every = torch.log_softmax(logits.float(), -1).clamp_min(LEAST)
+        every = torch.log_softmax(logits.float(), -1)
         if k is None:
-            return cls(every)
+            return cls(every.clamp_min_(LEAST))
         logprobs, ids = every.topk(min(k, every.shape[-1]))
-        rest = every.scatter(-1, ids, -torch.inf).logsumexp(-1).clamp_min(LEAST)
-        return cls(logprobs, ids, rest)
+        rest = every.exp_().scatter_(-1, ids, 0.0).sum(-1).log()
+        return cls(logprobs.clamp_min(LEAST), ids, rest.clamp_min(LEAST))
 
     def to(self, device: torch.device) -> "Likeliest":
         ids, rest = (None if each is None else each.to(device) for each in (self.ids, self.rest))
