@@ -16,7 +16,7 @@ from flapcli.planning.allocation import Kept, Request
 from flapcli.planning.depth import check_whole, drop_layers
 from flapcli.planning.devices import over_devices
 from flapcli.planning.even_groups import allocate_evenly
-from flapcli.planning.scores import UNIT_METRICS, unit_scores
+from flapcli.planning.scores import ELIMINATION_WEIGHT, UNIT_METRICS, unit_scores
 from flapcli.planning.target_search import find_ratio
 from flapcli.planning.whole_experts import drop_experts
 
@@ -102,6 +102,8 @@ def choose(
         del settings["structure"], settings["ratio"]
         if request.tensor_parallel == 1:  # as in plans of older versions
             del settings["tensor_parallel"]
+        if metric == "FISHER-OBS":  # older versions' plans, by another weight, are not up to date
+            settings["elimination_weight"] = ELIMINATION_WEIGHT
 
     def kept_at(ratio: float) -> Kept:
         if scores is None:

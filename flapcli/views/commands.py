@@ -79,6 +79,7 @@ def calibrate_asked(header: StatsHeader, best: Preset) -> Asked:
 
 def plan_asked(plan: Plan, best: Preset) -> Asked:
     chosen = {"method": plan.method, "metric": plan.metric, "structure": plan.structure, **plan.settings}
+    chosen.pop("elimination_weight", None)  # of the metric's formula, and no option
     return _units_asked(chosen | {"ratio": None if plan.target else plan.ratio.requested}, plan.target, best)
 
 

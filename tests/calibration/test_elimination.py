@@ -179,6 +179,19 @@ def test_plan_takes_the_lowest_per_parameter(tiny, flap, text_file, tmp_path):
     assert "run `flap calibrate --gram --fisher`" in flap(*plan, "--force", code=1).stderr
 
 
+def test_a_plan_by_another_weight_of_heads_is_made_anew(tiny, flap, text_file, tmp_path):
+    args = ("plan", "-d", tmp_path, "--metric", "FISHER-OBS", "--ratio", 0.4)
+    calibrated(flap, tiny("llama-gqa"), text_file, tmp_path, "--gram")
+    flap(*args)
+    path = tmp_path / "plan.yaml"
+    made = path.read_text()
+    assert "up to date" in flap(*args).stderr
+    for older in (", elimination_weight: 2.0", ""):  # older flaps wrote no weight at all
+        path.write_text(made.replace(", elimination_weight: 3.0", older))
+        assert "up to date" not in flap(*args).stderr
+        assert path.read_text() == made
+
+
 def test_run_and_sweep_measure_what_it_needs(tiny, flap, text_file, tmp_path):
     args = (tiny("qwen2"), "--dataset", text_file, "--perplexity", text_file, *SMALL_FISHER, "--metric", "FISHER-OBS")
     flap("run", *args, "-d", tmp_path / "run", "--preset", "paper")
