@@ -61,10 +61,11 @@ class _FromLikeliest(torch.autograd.Function):
     ) -> torch.Tensor:
         likeliest, others = logits.gather(-1, ids), logits.scatter(-1, ids, -torch.inf)
         largest = others.amax(-1, keepdim=True)
-        others = others.sub_(largest).exp_()
+        others.sub_(largest).exp_()
         size = others.sum(-1, keepdim=True)
-        whole = torch.logaddexp(likeliest.logsumexp(-1, keepdim=True), largest + size.log())
-        ours, ours_rest = likeliest - whole, largest + size.log() - whole
+        left_out = largest + size.log()
+        whole = torch.logaddexp(likeliest.logsumexp(-1, keepdim=True), left_out)
+        ours, ours_rest = likeliest - whole, left_out - whole
         if ctx.needs_input_grad[0]:
             p, p_rest = logprobs.exp(), rest.exp()
             total = p.sum(-1, keepdim=True) + p_rest
