@@ -16,6 +16,7 @@ from flapcli.errors import FlapError
 from flapcli.evaluation.reference import Beside
 from flapcli.execution.batches import STREAM, Batches, Within
 from flapcli.execution.device import Runtime
+from flapcli.execution.divergence import cached_rows
 from flapcli.execution.hidden_states import ResidualStream
 from flapcli.execution.layerwise import Forward, LayerwiseModel
 from flapcli.progress import Progress
@@ -106,13 +107,16 @@ def streamed_losses(
 def loss_sums(logits: torch.Tensor, ids: torch.Tensor, start: int) -> list[float]:
     """Summed cross entropy of each window of a batch; `logits` (batch, seqlen, vocab_size), `ids` (batch, seqlen).
 
-    Of the tokens from `start` on. Window by window: a float32 copy of all logits would be the largest tensor of the
-    run. Numbers and not tensors, which would lie between the large ones that are freed, and which not every device has
-    in float64.
+    Of the tokens from `start` on. Window by window at most: a float32 copy of all logits would be the largest tensor of
+    the run. Numbers and not tensors, which would lie between the large ones that are freed, and which not every device
+    has in float64.
     """
     return [
-        float(cross_entropy(row[start - 1 : -1].float(), tokens[start:], reduction="sum"))
-        for row, tokens in zip(logits, ids, strict=True)
+        sum(
+            float(cross_entropy(predicting[rows].float(), tokens[rows], reduction="sum"))
+            for rows in cached_rows(predicting, len(predicting))
+        )
+        for predicting, tokens in zip(logits[:, start - 1 : -1], ids[:, start:], strict=True)
     ]
 
 

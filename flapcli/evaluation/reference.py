@@ -12,8 +12,8 @@ from flapcli.artifacts.eval_report import Divergence
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime
-from flapcli.execution.divergence import Likeliest, divergence
-from flapcli.execution.head import parts_of, predicting
+from flapcli.execution.divergence import Likeliest, cached_rows, divergence
+from flapcli.execution.head import TOKENS, predicting
 from flapcli.execution.hidden_states import ResidualStream
 from flapcli.execution.layerwise import LayerwiseModel
 from flapcli.progress import Silent
@@ -75,9 +75,8 @@ class Comparison:
         dense = self._reference.logits(part)
         for place, window in enumerate(range(part.start, part.stop)):
             theirs, ours = (predicting(each[place : place + 1], self._start) for each in (dense, logits))
-            apart = (divergence(ours[rows].float(), Likeliest.of(theirs[rows])) for rows in parts_of(len(ours)))
-            self._divergences[window] = sum(float(each.sum()) for each in apart) / len(ours)
-            self._equal[window] = float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
+            parts = [_compared(theirs[rows], ours[rows]) for rows in cached_rows(ours, TOKENS)]
+            self._divergences[window], self._equal[window] = torch.cat(parts).cpu().double().mean(0).tolist()
 
     def end(self) -> Divergence:
         """Raises FlapError where a divergence is not finite."""
@@ -87,6 +86,13 @@ class Comparison:
         count = len(self._divergences)
         error = float(self._divergences.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
         return Divergence(kl=self._divergences.mean(), standard_error=error, equal_tokens=self._equal.mean())
+
+
+def _compared(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """Divergence from their logits (n, vocabulary), and whether the likeliest token is the same, (n, 2) float32."""
+    theirs, ours = theirs.float(), ours.float()
+    equal = theirs.argmax(-1) == ours.argmax(-1)
+    return torch.stack([divergence(ours, Likeliest.of(theirs)), equal.float()], -1)
 
 
 class References:

@@ -3,6 +3,7 @@
 import torch
 
 from flapcli.checkpoints import Checkpoint
+from flapcli.execution.divergence import cached_rows
 from flapcli.execution.head import TOKENS
 from flapcli.execution.hidden_states import ResidualStream
 from flapcli.execution.layerwise import Forward, LayerwiseModel
@@ -45,7 +46,9 @@ def sharpness(
     def step(part: slice, logits: Forward) -> None:
         streams = (stream.read(part).flatten(0, 1)[every // 2 :: every].split(TOKENS) for stream in (dense, pruned))
         pairs = ((logits(z[None])[0], logits(own[None])[0]) for z, own in zip(*streams, strict=True))
-        sums.add_(sum((derivatives(*pair, factor) for pair in pairs), torch.zeros_like(sums)))
+        for z, own in pairs:
+            for rows in cached_rows(own, TOKENS):
+                sums.add_(derivatives(z[rows], own[rows], factor))
 
     for _ in range(STEPS):
         sums.zero_()
