@@ -8,7 +8,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flapcli.execution.loading import in_place_of
 
-BLOCK = 256  # tokens whose probabilities are summed before they are cumulated
 TOKENS = 64  # whose logits exist at once: with a large vocabulary they would be the peak of memory
 
 
@@ -59,23 +58,8 @@ def loss_and_gradient(
     return sum(map(float, losses)), gradient
 
 
-def drawn(probabilities: torch.Tensor, numbers: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The first token of each row whose cumulated probability exceeds its number in [0, 1), (rows,).
-
-    Blocks of tokens are summed and then cumulated in `dtype`, and so are the tokens of the one block where it is: a
-    running sum in float64 of the whole vocabulary takes ten times as long.
-    """
-    rows, vocabulary = probabilities.shape
-    blocks = torch.nn.functional.pad(probabilities, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
-    upto = blocks.sum(-1).cumsum(-1, dtype=dtype)
-    aim = numbers.to(upto)[:, None] * upto[:, -1:]
-    block = _first_beyond(upto, aim)
-    before = torch.nn.functional.pad(upto, (1, 0)).gather(-1, block)
-    within = blocks[torch.arange(rows, device=block.device), block[:, 0]].cumsum(-1, dtype=dtype)
-    token = _first_beyond(within, aim - before)
-    return (block * BLOCK + token)[:, 0].clamp_(max=vocabulary - 1)
-
-
-def _first_beyond(cumulated: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
-    """Place in each row of the first value that is more than its aim, else the last; all (rows, 1)."""
-    return torch.searchsorted(cumulated, aim, right=True).clamp_(max=cumulated.shape[-1] - 1)
+def drawn(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The first token of each row whose cumulated probability exceeds its number in [0, 1), (rows,)."""
+    cumulated = probabilities.cumsum(-1)
+    aim = numbers.to(cumulated)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, aim, right=True)[:, 0].clamp_(max=cumulated.shape[-1] - 1)

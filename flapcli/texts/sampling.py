@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import Batches
 from flapcli.execution.device import float64_device
+from flapcli.execution.divergence import cached_rows
 from flapcli.execution.head import drawn
 from flapcli.execution.memory import free_memory
-from flapcli.execution.one_query import OneQuery
 from flapcli.execution.ranks import Ranks
 from flapcli.progress import Advance, Progress
 from flapcli.storage.resume import Pauses, Resume
@@ -36,7 +36,9 @@ class Draw(generation.LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         likely = torch.softmax(scores.to(float64_device(scores.device)).float(), -1)
-        tokens = drawn(likely, self.numbers[:, self.step], torch.float64)
+        numbers = self.numbers[:, self.step]
+        parts = (drawn(likely[rows].double(), numbers[rows]) for rows in cached_rows(likely, len(likely)))
+        tokens = torch.cat(list(parts))
         self.step += 1
         self.advance(len(tokens))
         only = torch.full_like(scores, -torch.inf)
@@ -107,7 +109,7 @@ def sample_windows(
     start, stop = mine.start * size, min(mine.stop * size, nsamples)
     found = Drawn(max(stop - start, 0), seqlen, resume)
     model.generation_config = generation.GenerationConfig()  # the checkpoint's may cut the distribution or stop early
-    with torch.inference_mode(), OneQuery(), progress.task("sample", len(found.windows) * steps, "tokens") as advance:
+    with torch.inference_mode(), progress.task("sample", len(found.windows) * steps, "tokens") as advance:
         advance(found.done * steps)
 
         def step(part: slice) -> None:

@@ -80,19 +80,6 @@ def test_labels_are_drawn_as_the_model_has_it():
     assert counts.tolist() == [200, 0, 500, 300]
 
 
-@pytest.mark.parametrize("vocabulary", [256, 1000])
-def test_blocks_of_a_large_vocabulary_draw_where_its_running_sum_does(vocabulary):
-    torch.manual_seed(0)
-    probabilities = torch.randn(2000, vocabulary).mul(2).softmax(-1)
-    numbers = torch.rand(2000, dtype=torch.float64)
-    numbers[:3] = torch.tensor([0.0, 0.5, 1 - 1e-9])
-    running = probabilities.double().cumsum(-1)
-    tokens, aim = drawn(probabilities, numbers, torch.float64)[:, None], numbers[:, None] * running[:, -1:]
-    upto = running.gather(-1, tokens)
-    assert (upto > aim - 1e-7).all()
-    assert (upto - probabilities.gather(-1, tokens) < aim + 1e-7).all()
-
-
 @pytest.mark.parametrize(("count", "size"), [(7, 7), (176, 128), (4000, 500)])
 def test_ranks_share_the_sample(count, size):
     alone = Sample.of((count, 5), slice(0, count), 3, 1)

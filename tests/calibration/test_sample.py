@@ -8,10 +8,8 @@ import pytest
 import torch
 from support.models import load_dense, load_tokenizer
 from support.tokenizers_like import BOS, opening_with
-from torch.nn.functional import scaled_dot_product_attention
 
 from flapcli.artifacts.stats import load_stats
-from flapcli.execution import one_query
 from flapcli.progress import Silent
 from flapcli.storage import resume
 from flapcli.texts.sampling import Drawn, Sampling, sample_windows
@@ -88,29 +86,6 @@ def test_windows_follow_the_seed_and_not_the_batches(tiny):
     other = sample(folder, 12, 16, seed=1)
     assert all(a != b for a, b in zip(whole.tolist(), other.tolist(), strict=True))
     assert len({tuple(window) for window in whole.tolist()}) == 12
-
-
-@pytest.mark.parametrize(
-    ("queries", "options"),
-    [
-        ((4, 6, 1, 8), {"enable_gqa": True}),
-        ((4, 6, 1, 8), {"enable_gqa": True, "scale": 0.5, "attn_mask": torch.arange(7).expand(4, 1, 1, 7) > 2}),
-        ((4, 2, 3, 8), {"attn_mask": torch.linspace(-3, 0, 7).expand(4, 1, 1, 7)}),  # heads laid out as queries
-        ((4, 2, 3, 8), {}),
-    ],
-)
-def test_a_last_token_attends_by_products_as_by_the_fused_kernel(queries, options, monkeypatch):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(queries), torch.randn(4, 2, 7, 8), torch.randn(4, 2, 7, 5)
-    expected, written_out = scaled_dot_product_attention(query, key, value, **options), []
-    by_products = one_query._by_products
-    monkeypatch.setattr(one_query, "_by_products", lambda *a, **k: written_out.append(1) or by_products(*a, **k))
-    with one_query.OneQuery():
-        torch.testing.assert_close(scaled_dot_product_attention(query, key, value, **options), expected)
-        assert written_out
-        whole = scaled_dot_product_attention(value, value, value, is_causal=True)
-    assert len(written_out) == 1
-    torch.testing.assert_close(whole, scaled_dot_product_attention(value, value, value, is_causal=True))
 
 
 @pytest.fixture
