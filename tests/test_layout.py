@@ -38,7 +38,7 @@ ROOMS = {
     "estimation": "estimate machine",
     "serving": "__init__ vllm_models",
     "texts": "calibration_text sampling windows mixture corpus opening",
-    "execution": "head divergence hidden_states layerwise loading memory batches device processes ranks settings",
+    "execution": "divergence head hidden_states layerwise loading memory batches device processes ranks settings",
     "artifacts": "dense_model model_card sweep_results eval_report plan_of_model plan pruned_folder run_dir self_text "
     "stats_writer stats unfinished reuse target versions shared_names few_tokens",
     "checkpoints": "__init__ bin_folder safetensors_folder column_norms tensor_file gguf gguf_layout gguf_header "

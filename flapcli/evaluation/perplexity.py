@@ -16,7 +16,7 @@ from flapcli.errors import FlapError
 from flapcli.evaluation.reference import Beside
 from flapcli.execution.batches import STREAM, Batches, Within
 from flapcli.execution.device import Runtime
-from flapcli.execution.divergence import cached_rows
+from flapcli.execution.head import cached_rows
 from flapcli.execution.hidden_states import ResidualStream
 from flapcli.execution.layerwise import Forward, LayerwiseModel
 from flapcli.progress import Progress
@@ -114,7 +114,7 @@ def loss_sums(logits: torch.Tensor, ids: torch.Tensor, start: int) -> list[float
     return [
         sum(
             float(cross_entropy(predicting[rows].float(), tokens[rows], reduction="sum"))
-            for rows in cached_rows(predicting, len(predicting))
+            for rows in cached_rows(predicting)
         )
         for predicting, tokens in zip(logits[:, start - 1 : -1], ids[:, start:], strict=True)
     ]

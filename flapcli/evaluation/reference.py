@@ -12,8 +12,8 @@ from flapcli.artifacts.eval_report import Divergence
 from flapcli.checkpoints import Checkpoint
 from flapcli.errors import FlapError
 from flapcli.execution.device import Runtime
-from flapcli.execution.divergence import Likeliest, cached_rows, divergence
-from flapcli.execution.head import TOKENS, predicting
+from flapcli.execution.divergence import Likeliest, divergence
+from flapcli.execution.head import TOKENS, cached_rows, predicting
 from flapcli.execution.hidden_states import ResidualStream
 from flapcli.execution.layerwise import LayerwiseModel
 from flapcli.progress import Silent

@@ -1,15 +1,14 @@
 """How far next-token distributions are from another model's, a teacher's (METHOD.md, Healing)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from flapcli.execution.head import cached_rows
 from flapcli.execution.settings import Loss
 
 LEAST = -60_000.0  # a log probability of 0 that float16 can hold
-CACHED = 2**19  # float32 numbers that a CPU's cache holds
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,13 @@ class Likeliest:
         """Of logits (n, vocabulary); k None keeps all."""
         if k is None:
             return cls(torch.log_softmax(logits.float(), -1).clamp_min_(LEAST))
-        parts = [_likeliest(logits[rows], k) for rows in cached_rows(logits, len(logits))]
+        parts = [_likeliest(logits[rows], k) for rows in cached_rows(logits)]
         logprobs, ids, rest = (torch.cat(each) for each in zip(*parts, strict=True))
         return cls(logprobs.clamp_min_(LEAST), ids, rest.clamp_min_(LEAST))
 
     def to(self, device: torch.device) -> "Likeliest":
         ids, rest = (None if each is None else each.to(device) for each in (self.ids, self.rest))
         return Likeliest(self.logprobs.to(device), ids, rest)
-
-
-def cached_rows(logits: torch.Tensor, most: int) -> Iterator[slice]:
-    """Rows of logits (n, vocabulary) to work on at once: `most`, on a CPU no more than its cache holds in float32.
-
-    Whatever takes several passes over a row is up to five times as fast there.
-    """
-    size = min(most, max(1, CACHED // logits.shape[-1])) if logits.device.type == "cpu" else most
-    return (slice(first, first + size) for first in range(0, len(logits), size))
 
 
 def _likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from flapcli.execution.loading import in_place_of
 
+CACHED = 2**19  # float32 numbers that a CPU's cache holds
 TOKENS = 64  # whose logits exist at once: with a large vocabulary they would be the peak of memory
 
 
@@ -34,8 +35,19 @@ def predicting(states: torch.Tensor, start: int) -> torch.Tensor:
     return states[:, start - 1 : -1].flatten(0, 1)
 
 
-def parts_of(rows: int) -> Iterator[slice]:
-    return (slice(first, min(first + TOKENS, rows)) for first in range(0, rows, TOKENS))
+def parts_of(rows: int, size: int = TOKENS) -> Iterator[slice]:
+    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def cached_rows(logits: torch.Tensor, most: int | None = None) -> Iterator[slice]:
+    """Rows of logits (n, vocabulary) to work on at once: all or `most`, on a CPU what its cache holds in float32.
+
+    Whatever takes several passes over a row is up to five times as fast there.
+    """
+    size = most or len(logits)
+    if logits.device.type == "cpu":
+        size = min(size, CACHED // logits.shape[-1])
+    return parts_of(len(logits), max(1, size))
 
 
 def loss_and_gradient(

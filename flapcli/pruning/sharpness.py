@@ -3,8 +3,7 @@
 import torch
 
 from flapcli.checkpoints import Checkpoint
-from flapcli.execution.divergence import cached_rows
-from flapcli.execution.head import TOKENS
+from flapcli.execution.head import TOKENS, cached_rows
 from flapcli.execution.hidden_states import ResidualStream
 from flapcli.execution.layerwise import Forward, LayerwiseModel
 from flapcli.progress import Advance
@@ -45,9 +44,9 @@ def sharpness(
 
     def step(part: slice, logits: Forward) -> None:
         streams = (stream.read(part).flatten(0, 1)[every // 2 :: every].split(TOKENS) for stream in (dense, pruned))
-        pairs = ((logits(z[None])[0], logits(own[None])[0]) for z, own in zip(*streams, strict=True))
-        for z, own in pairs:
-            for rows in cached_rows(own, TOKENS):
+        for states in zip(*streams, strict=True):
+            z, own = (logits(each[None])[0] for each in states)
+            for rows in cached_rows(own):
                 sums.add_(derivatives(z[rows], own[rows], factor))
 
     for _ in range(STEPS):

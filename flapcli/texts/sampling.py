@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, generation
 from flapcli.checkpoints.tensor_file import load_tensors, save_tensors
 from flapcli.execution.batches import Batches
 from flapcli.execution.device import float64_device
-from flapcli.execution.divergence import cached_rows
-from flapcli.execution.head import drawn
+from flapcli.execution.head import cached_rows, drawn
 from flapcli.execution.memory import free_memory
 from flapcli.execution.ranks import Ranks
 from flapcli.progress import Advance, Progress
@@ -37,7 +36,7 @@ class Draw(generation.LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         likely = torch.softmax(scores.to(float64_device(scores.device)).float(), -1)
         numbers = self.numbers[:, self.step]
-        parts = (drawn(likely[rows].double(), numbers[rows]) for rows in cached_rows(likely, len(likely)))
+        parts = (drawn(likely[rows].double(), numbers[rows]) for rows in cached_rows(likely))
         tokens = torch.cat(list(parts))
         self.step += 1
         self.advance(len(tokens))

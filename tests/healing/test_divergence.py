@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+from flapcli.evaluation.perplexity import loss_sums
+from flapcli.execution import head
 from flapcli.execution.divergence import Likeliest, divergence, state_loss, token_losses
 
 DENSE, PRUNED = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0)).mul(3).unbind()
@@ -24,6 +26,18 @@ def test_what_is_left_out_counts_as_one_more_token():
         lumped.append(torch.cat([p[:, :k], p[:, k:].sum(-1, keepdim=True)], -1).log())
     torch.testing.assert_close(found, kl_div(*lumped, reduction="none", log_target=True).sum(-1))
     assert (found < FULL).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_rows_that_a_cache_holds_say_what_all_rows_say(rows, monkeypatch):
+    ids = torch.arange(6)[None]
+    logits = torch.cat([PRUNED, PRUNED[:1]])[None]
+    whole, sums = Likeliest.of(DENSE, 7), loss_sums(logits, ids, 1)
+    monkeypatch.setattr(head, "CACHED", rows * 40 + 39)
+    assert next(part.stop - part.start for part in head.cached_rows(DENSE)) == rows
+    for found, wanted in zip(vars(Likeliest.of(DENSE, 7)).values(), vars(whole).values(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert loss_sums(logits, ids, 1) == pytest.approx(sums, rel=1e-6)
 
 
 def test_its_gradient_is_that_of_the_formula():
