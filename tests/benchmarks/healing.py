@@ -1,4 +1,4 @@
-"""What healing gives back: the scoreboard's demo pruned, trained on so many tokens by each loss, read on two texts.
+"""What healing gives back: the scoreboard's demo pruned, trained on so many tokens by each loss, read on four texts.
 
     pip download --no-deps gensim
     python tests/benchmarks/healing.py --news gensim-*.whl --dir /tmp/healing --tokens 250000
@@ -22,6 +22,7 @@ from flapcli.artifacts.eval_report import load_report
 from flapcli.execution.settings import HealOptions
 from flapcli.healing.stage import HealInputs, heal
 
+Texts = dict[str, str]  # file by name
 BOTH = "pydoc:0.5+self:0.5"
 LOSSES = {
     "kl": HealOptions(dataset=BOTH, loss="kl"),
@@ -40,28 +41,28 @@ def main() -> None:
     parser.add_argument("--loss", default="kl,ce")
     asked = parser.parse_args()
     asked.dir.mkdir(parents=True, exist_ok=True)
-    rows, news = Rows(asked.dir / "rows.jsonl"), write_texts(asked.news, asked.dir)["news"]
-    rows.measure(("dense",), lambda: perplexities(asked.dir / "dense", ["demo"], news))
+    rows, texts = Rows(asked.dir / "rows.jsonl", "encyclopedia"), write_texts(asked.news, asked.dir)
+    rows.measure(("dense",), lambda _: perplexities(asked.dir / "dense", ["demo"], texts))
     cuts = list(product(asked.methods.split(","), asked.ratios.split(",")))
     for method, ratio in cuts:
         run = asked.dir / f"{method}-{ratio}"
-        rows.measure((method, ratio, "0", ""), lambda m=method, r=ratio, d=run: pruned(d, m, r, news))
+        rows.measure((method, ratio, "0", ""), lambda _, m=method, r=ratio, d=run: pruned(d, m, r, texts))
     for tokens, (method, ratio), loss in product(asked.tokens.split(","), cuts, asked.loss.split(",")):
         run, options = asked.dir / f"{method}-{ratio}", replace(LOSSES[loss], tokens=int(tokens))
         out = run / f"{loss}-{tokens}"
-        rows.measure((method, ratio, tokens, loss), lambda r=run, o=out, given=options: healed(r, o, given, news))
-    table(rows)
+        rows.measure((method, ratio, tokens, loss), lambda _, r=run, o=out, given=options: healed(r, o, given, texts))
+    table(rows, list(texts))
 
 
-def pruned(run: Path, method: str, ratio: str, news: str) -> dict[str, float]:
+def pruned(run: Path, method: str, ratio: str, texts: Texts) -> dict[str, float]:
     calibrate, plan, apply = METHODS[method]
     flap("calibrate", "demo", "-d", str(run), "--dataset", "pydoc", "--nsamples", "128", *calibrate.split())
     flap("plan", "-d", str(run), "--ratio", ratio, *plan.split())
     flap("apply", "-d", str(run), "--dtype", "bfloat16", *apply.split())
-    return perplexities(run, [], news)
+    return perplexities(run, [], texts)
 
 
-def healed(run: Path, out: Path, options: HealOptions, news: str) -> dict[str, float]:
+def healed(run: Path, out: Path, options: HealOptions, texts: Texts) -> dict[str, float]:
     """Perplexities of the healed folder, and the processor's seconds that healing took.
 
     Whoever comes first writes own text and the teacher's answers for all; what a killed run did before is not in it.
@@ -70,28 +71,28 @@ def healed(run: Path, out: Path, options: HealOptions, news: str) -> dict[str, f
     folder, _ = heal(run / "pruned", out, options, HealInputs(teacher=run.with_name("teacher.safetensors")))
     took = {"seconds": time.process_time() - began}
     if folder is None:  # no better, so that the pruned one stays
-        return perplexities(run, [], news) | took
+        return perplexities(run, [], texts) | took
     made = folder.flap.healed
     assert made is not None
-    return perplexities(run, [str(out)], news) | {"before": made.before, "after": made.after, "best": made.best} | took
+    return perplexities(run, [str(out)], texts) | {"before": made.before, "after": made.after, "best": made.best} | took
 
 
-def perplexities(run: Path, checkpoint: list[str], news: str) -> dict[str, float]:
-    texts = ["--perplexity", "pydoc", "--perplexity", news]
-    flap("eval", *checkpoint, "-d", str(run), "--no-baseline", "--dtype", "bfloat16", "--force", *texts)
+def perplexities(run: Path, checkpoint: list[str], texts: Texts) -> dict[str, float]:
+    given = [part for text in texts.values() for part in ("--perplexity", text)]
+    flap("eval", *checkpoint, "-d", str(run), "--no-baseline", "--dtype", "bfloat16", "--force", *given)
     found = load_report(run / "eval.json").perplexity
-    return {"pydoc": found["pydoc"], "news": found[news]}
+    return {name: found[text] for name, text in texts.items()}
 
 
-def table(rows: Rows) -> None:
+def table(rows: Rows, names: list[str]) -> None:
     """Markdown: perplexities, which share of what is lost on news came back, and what the processor took for it."""
     whole = rows.found["dense",]["news"]
-    print("| | ratio | tokens | loss | pydoc | news | came back | seconds |\n|" + "---|" * 8)
+    print(f"| | ratio | tokens | loss | {' | '.join(names)} | came back | seconds |\n|" + "---|" * (6 + len(names)))
     for key, row in rows.found.items():
         if len(key) > 1:
             cut = rows.found[*key[:2], "0", ""]["news"]
             back, took = (cut - row["news"]) / (cut - whole), f"{row['seconds']:.0f}" if "seconds" in row else ""
-            cells = (*key, f"{row['pydoc']:.2f}", f"{row['news']:.1f}", f"{back:.0%}", took)
+            cells = (*key, *(f"{row[name]:.2f}" for name in names), f"{back:.0%}", took)
             print(f"| {' | '.join(cells)} |")
 
 

@@ -6,9 +6,9 @@
 SmolLM2-135M-Instruct as it is (gqa), with K and V repeated to 9 heads (mha), and Gemma-3-270m (tests/support/gemma.py),
 calibrated on pydoc (`best`: as its preset says), bfloat16. Read on pydoc's test windows and, from gensim's wheel, on
 encyclopedia text, which options are chosen by, on Australian news and on code, which none are: perplexity, bits per
-byte, divergence from the dense model, equal next tokens; and questions of four answers. Rows that are in DIR/rows.jsonl
-are not measured again, so an interrupted run goes on; those of two texts, of an earlier script, are. Hours on 2 cores
-with 1024 windows; `--nsamples 128`, `--models gqa`, `--no-questions` and the like do a part.
+byte, divergence from the dense model, equal next tokens; and questions of four answers. What DIR/rows.jsonl has is not
+measured again, so an interrupted run goes on, and one with questions adds them to a row that lacks no more. Hours on 2
+cores with 1024 windows; `--nsamples 128`, `--models gqa`, `--no-questions` and the like do a part.
 """
 
 import argparse
@@ -62,6 +62,7 @@ PEERS = {"osscar": osscar, "torch-pruning": torch_pruning}  # other people's cod
 AUTHORS = {"0.2": 34.11, "0.3": 54.58, "0.5": 212.4}  # the authors' code, mha, 128 windows, float32 (METHOD.md)
 AIMS = {"0.2": 0.28, "0.3": 0.24, "0.5": 0.15}  # of the authors' loss over dense
 Key = tuple[str, ...]
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--questions", action=argparse.BooleanOptionalAction, default=True, help="slow")
     asked = parser.parse_args()
     asked.dir.mkdir(parents=True, exist_ok=True)
-    rows = Rows(asked.dir / "rows.jsonl", "acc" if asked.questions else "texts")
+    rows = Rows(asked.dir / "rows.jsonl", "texts", *(["acc"] if asked.questions else []))
     texts = write_texts(asked.wheel, asked.dir)
     tasks = write_task(asked.wheel, asked.dir / "task") if asked.questions else None
     nsamples, kinds, ratios, methods = (
@@ -83,28 +84,23 @@ def main() -> None:
     )
     for kind in kinds:
         with ExitStack() as stack:
-            key = (kind, "", "", "dense")
-            dense = Dense(kind, asked.dir, texts, tasks, stack, key in rows.found)
-            rows.measure(key, lambda dense=dense: dense.row)
+            dense = Dense(kind, asked.dir, texts, tasks, stack)
+            rows.measure((kind, "", "", "dense"), lambda had, d=dense: d.measured(d.model, had))
             for windows, ratio, method in product(nsamples, ratios, methods):
                 key = (kind, "" if method == "mag-sp" else windows, ratio, method)
-                rows.measure(key, lambda d=dense, n=windows, r=ratio, m=method: d.pruned(n, r, m))
+                rows.measure(key, lambda had, d=dense, n=windows, r=ratio, m=method: d.pruned(n, r, m, had))
     rows.table(list(texts))
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A model before it is pruned. It runs once for all that is made of it, which is held against what it said.
-
-    Where its row is `known`, it answers no questions.
-    """
+    """A model before it is pruned. It runs once for all that is made of it, which is held against what it said."""
 
     kind: str
     folder: Path
     texts: dict[str, str]
     tasks: Path | None
     stack: ExitStack
-    known: bool
 
     @property
     def model(self) -> str:
@@ -121,14 +117,14 @@ class Dense:
         return Measuring(options, tasks, False, runtime, Silent(), self.stack.enter_context(References(runtime)))
 
     @cached_property
-    def row(self) -> dict[str, Any]:
-        return self._measured(self.model)
+    def read(self) -> Row:
+        return self._read(self.model)
 
-    def pruned(self, nsamples: str, ratio: str, method: str) -> dict[str, Any] | None:
+    def pruned(self, nsamples: str, ratio: str, method: str, had: Row) -> Row | None:
         """Of a checkpoint pruned by one of the METHODS, to whose run folder all ratios come; None without a peer."""
         if method in PEERS:
             made = PEERS[method](self.model, int(nsamples), float(ratio), self.folder / method)
-            return {"achieved": made[1]} | self._measured(str(made[0])) if made else None
+            return {"achieved": made[1]} | self.measured(str(made[0]), had) if made else None
         calibrate, plan, apply = (METHODS | HEADS)[method]
         own = method == "best" or method in HEADS  # statistics that no other method reads
         run = self.folder / f"{self.kind}-{nsamples}-{method if own else 'pydoc'}"
@@ -137,20 +133,29 @@ class Dense:
         )  # fmt: skip
         flap("plan", "-d", str(run), "--ratio", ratio, *plan.split())
         flap("apply", "-d", str(run), "--dtype", "bfloat16", *apply.split())
-        return {"achieved": load_plan(run / "plan.yaml").ratio.achieved} | self._measured(str(run / "pruned"))
+        return {"achieved": load_plan(run / "plan.yaml").ratio.achieved} | self.measured(str(run / "pruned"), had)
 
-    def _measured(self, name: str) -> dict[str, Any]:
-        measuring = self._measuring
-        if name != self.model:
-            self.row  # noqa: B018  the dense model goes first
-        elif self.known:
-            measuring = replace(measuring, tasks=None)
+    def measured(self, name: str, had: Row) -> Row:
+        """What `had` lacks: figures on all texts, for which the dense model goes first, and answers."""
+        found = {}
+        if "texts" not in had:
+            dense = self.read
+            found["texts"] = dense if name == self.model else self._read(name)
+        if self.tasks and had.get("acc") is None:
+            found["acc"] = self._measured(name, self._measuring, []).tasks[TASK]["acc_norm"]
+        return found
+
+    def _read(self, name: str) -> Row:
+        found = self._measured(name, replace(self._measuring, tasks=None), list(self.texts.values()))
+        return {name: figures(found, text) for name, text in self.texts.items()}
+
+    @staticmethod
+    def _measured(name: str, measuring: Measuring, texts: list[str]) -> Measurement:
         checkpoint = open_checkpoint(name)
         size = Size(parameters=checkpoint.shape.parameters, bytes=checkpoint.nbytes, stored_as=checkpoint.stored_as)
         found = Measurement(checkpoint=name, perplexity={}, size=size)
-        measuring.measure(found, checkpoint, name, list(self.texts.values()))
-        texts = {name: figures(found, text) for name, text in self.texts.items()}
-        return {"texts": texts, "acc": found.tasks.get(TASK, {}).get("acc_norm")}
+        measuring.measure(found, checkpoint, name, texts)
+        return found
 
 
 def figures(found: Measurement, text: str) -> dict[str, float]:
@@ -165,19 +170,24 @@ def figures(found: Measurement, text: str) -> dict[str, float]:
 
 
 class Rows:
-    """Measured rows by (model, windows, ratio, method), kept as JSON lines; what lacks `needed` does not count."""
+    """Measured rows by (model, windows, ratio, method), kept as JSON lines.
 
-    def __init__(self, path: Path, needed: str = "key") -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.found: dict[Key, dict[str, Any]] = {
-            tuple(row["key"]): row for row in map(json.loads, lines) if row.get(needed) is not None
-        }
+    Of the parts that are `needed`, a row without the first does not count; what else one lacks is measured.
+    """
 
-    def measure(self, key: Key, work: Callable[[], dict[str, Any] | None]) -> None:
-        if key in self.found or (row := work()) is None:
+    def __init__(self, path: Path, *needed: str) -> None:
+        self.path, self.needed = path, needed
+        self.found: dict[Key, Row] = {}
+        for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+            if needed[0] in row:
+                self.found[tuple(row["key"])] = row
+
+    def measure(self, key: Key, work: Callable[[Row], Row | None]) -> None:
+        """`work` is given what is known of the row, and gives what that lacks, or None where it can't be measured."""
+        had = self.found.get(key, {})
+        if all(had.get(part) is not None for part in self.needed) or (row := work(had)) is None:
             return
-        self.found[key] = {"key": key, **row}
+        self.found[key] = had | {"key": key, **row}
         print(json.dumps(self.found[key]), flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps(self.found[key]) + "\n")
@@ -192,7 +202,7 @@ class Rows:
             row = self.found[key]
             cells = [f"{t['perplexity']:.2f}, {t['bits_per_byte']:.3f}, {t['kl']:.3f}, {t['equal_tokens']:.1%}"
                      for t in map(row["texts"].get, texts)]  # fmt: skip
-            print("| " + " | ".join([*key, *cells, "" if row["acc"] is None else f"{row['acc']:.3f}"]) + " |")
+            print("| " + " | ".join([*key, *cells, "" if row.get("acc") is None else f"{row['acc']:.3f}"]) + " |")
         self.shares()
 
     def shares(self) -> None:
